@@ -1,0 +1,108 @@
+"""Compare arms on one recipe, in one call on one host: ``python -m moe_recipes.bench RECIPE --out FILE.json``.
+
+Every arm is a set of processes of its own, one after the other, so none inherits another's memory or kernels. A figure is
+only worth its ratio to the others of the same file: hosts differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from moe_recipes.config.errors import InfrastructureError, MoeRecipesError
+from moe_recipes.config.manifest import make_manifest
+from moe_recipes.config.recipe import Recipe
+from moe_recipes.config.resolve import load_recipe, recipe_to_dict
+from moe_recipes.config.run_folder import RunFolder, write_json
+from moe_recipes.launch.local import run_ranks
+
+
+def gpus() -> list[str]:
+    """``name, driver, memory`` of every GPU of this host, by nvidia-smi; empty without one."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return []
+
+
+def run_arm(recipe: Recipe, *, arm: str, gate: str, steps: int, warmup: int) -> dict[str, Any]:
+    """Result of one arm, or ``{"arm", "gate", "failed": reason}``: one arm out of memory must not lose the others."""
+    folder = RunFolder(Path(tempfile.mkdtemp(prefix="moe-recipes-bench-")))
+    out = folder.path / "result.json"
+    command = [sys.executable, "-m", "moe_recipes.bench.arm", arm, "--gate", gate, "--out", str(out)]
+    command += ["--steps", str(steps), "--warmup", str(warmup), "--recipe-json", json.dumps(recipe_to_dict(recipe))]
+    code = run_ranks(command, num_ranks=recipe.parallel.num_ranks, folder=folder, uses_status=False)
+    if code == 0:
+        return dict(json.loads(out.read_text()))
+    log = (folder.attempts / "latest" / "rank-00000.log").read_text(errors="replace").strip()
+    return {"arm": arm, "gate": gate, "failed": log.splitlines()[-1] if log else f"exit code {code}"}
+
+
+def layouts(recipe: Recipe, ep_sizes: list[int]) -> list[Recipe]:
+    """The recipe at each expert degree; as it is if none is named."""
+    if not ep_sizes:
+        return [recipe]
+    return [
+        dataclasses.replace(recipe, parallel=dataclasses.replace(recipe.parallel, ep_size=ep_size))
+        for ep_size in ep_sizes
+    ]
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The figures as aligned text."""
+    lines = [
+        f"{'arm':<14}{'gate':<10}{'EP':>3}{'rows':>5}{'tok/s/GPU':>11}{'no optim':>10}{'alloc GiB':>11}{'reserved':>10}"
+    ]
+    for r in results:
+        head = f"{r['arm']:<14}{r['gate']:<10}{r['ep_size']:>3}{r['micro_batch_size']:>5}"
+        if "failed" in r:
+            lines.append(f"{head}  failed: {r['failed'][:90]}")
+            continue
+        speed, bare = r["tokens_per_s_per_gpu"], r["tokens_per_s_per_gpu_without_optimizer"]
+        memory = f"{r['peak_allocated_gib']:>11.1f}{r['peak_reserved_gib']:>10.1f}"
+        lines.append(f"{head}{speed:>11,.0f}{bare:>10,.0f}{memory}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m moe_recipes.bench")
+    parser.add_argument("recipe")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--arms", default="ours,transformers")
+    parser.add_argument("--gates", default="real,balanced")
+    parser.add_argument("--ep-sizes", default="", help="comma-separated; the recipe's own if not given")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--set", action="append", default=[], dest="overrides")
+    arguments = parser.parse_args()
+    try:
+        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        if not arguments.out.parent.is_dir():
+            raise InfrastructureError(f"--out {arguments.out}: the folder is not there")
+    except MoeRecipesError as error:
+        print(f"moe-recipes: error: {error}", file=sys.stderr)
+        return error.exit_code
+    results = []
+    for at in layouts(recipe, [int(size) for size in arguments.ep_sizes.split(",") if size]):
+        for gate in arguments.gates.split(","):
+            for arm in arguments.arms.split(","):
+                result = run_arm(at, arm=arm, gate=gate, steps=arguments.steps, warmup=arguments.warmup)
+                shape = {"ep_size": at.parallel.ep_size, "micro_batch_size": at.train.micro_batch_size}
+                results.append({**result, **shape})
+                print(table(results[-1:]), flush=True)
+                manifest = make_manifest(recipe_to_dict(recipe))
+                card = {"gpus": gpus(), "steps": arguments.steps, "warmup": arguments.warmup, "results": results}
+                write_json(arguments.out, {**card, "manifest": manifest})
+    print(table(results))
+    return 1 if any("failed" in result for result in results) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

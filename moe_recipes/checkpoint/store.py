@@ -1,0 +1,15 @@
+"""The checkpoint room's public names: save, load, find, verify, prune. No pickle anywhere."""
+
+from moe_recipes.checkpoint.entry import Entry
+from moe_recipes.checkpoint.folder import latest_checkpoint, prune_checkpoints, verify_checkpoint
+from moe_recipes.checkpoint.load import load_checkpoint
+from moe_recipes.checkpoint.save import save_checkpoint
+
+__all__ = [
+    "Entry",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "prune_checkpoints",
+    "save_checkpoint",
+    "verify_checkpoint",
+]

@@ -1,0 +1,98 @@
+"""Errors that a user can mend, each with the exit code that the operator's scripts act on.
+
+A user error is one line: what is wrong, where, and how to mend it. The command line prints it without a
+traceback and exits with ``exit_code``. Anything else that is raised is a bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_OK = 0
+EXIT_NOT_FINITE = 17
+EXIT_DOES_NOT_FIT = 20
+EXIT_RECIPE = 64
+EXIT_DATA = 65
+EXIT_MISSING_INPUT = 66
+EXIT_INFRASTRUCTURE = 69
+EXIT_INTERNAL = 70
+EXIT_CANNOT_WRITE = 73
+EXIT_CORRUPT_CHECKPOINT = 74
+EXIT_REQUEUE = 75
+EXIT_SECRETS = 77
+EXIT_ENVIRONMENT = 78
+EXIT_DO_NOT_REQUEUE = 93
+
+
+class MoeRecipesError(Exception):
+    """Base of every error that is the user's or the machine's, not a bug."""
+
+    exit_code = EXIT_INTERNAL
+
+
+class NotFiniteError(MoeRecipesError):
+    """The loss or the gradient norm is not finite, or a validation failed."""
+
+    exit_code = EXIT_NOT_FINITE
+
+
+class DoesNotFitError(MoeRecipesError):
+    """The run needs more device memory than there is."""
+
+    exit_code = EXIT_DOES_NOT_FIT
+
+
+class RecipeError(MoeRecipesError, ValueError):
+    """The recipe, an override or the command line is wrong."""
+
+    exit_code = EXIT_RECIPE
+
+
+class DataError(MoeRecipesError, ValueError):
+    """A data file holds something that cannot be learned from as asked."""
+
+    exit_code = EXIT_DATA
+
+
+class MissingInputError(MoeRecipesError):
+    """A file, folder or shard that the run needs is not there."""
+
+    exit_code = EXIT_MISSING_INPUT
+
+
+class InfrastructureError(MoeRecipesError):
+    """A rank, a node or the network failed."""
+
+    exit_code = EXIT_INFRASTRUCTURE
+
+
+class CannotWriteError(MoeRecipesError):
+    """An output folder or file cannot be written."""
+
+    exit_code = EXIT_CANNOT_WRITE
+
+
+class CorruptCheckpointError(MoeRecipesError):
+    """A checkpoint or model file is incomplete or damaged, or belongs to another run."""
+
+    exit_code = EXIT_CORRUPT_CHECKPOINT
+
+
+class EnvironmentMismatchError(MoeRecipesError):
+    """Python, torch or another package is missing or outside the supported range."""
+
+    exit_code = EXIT_ENVIRONMENT
+
+
+class StoppedError(MoeRecipesError):
+    """A signal asked the run to stop; it saved and can be started again."""
+
+    exit_code = EXIT_REQUEUE
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` for the closest known word, else the list of known words."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"

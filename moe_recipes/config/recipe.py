@@ -1,0 +1,219 @@
+"""The recipe: what to train and how, as frozen data. No torch, standard library only.
+
+A recipe file is YAML with one mapping a section (``model``, ``parallel``, ``data``, ``optim``, ``train``,
+``checkpoint``, ``log``, ``kernels``). ``resolve.py`` reads it; rules that span several sections live in ``checks.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Which model, and where its weights and tokenizer come from."""
+
+    source: str
+    """A folder, a Hugging Face id, or ``package:NAME`` for a config.json that ships in ``moe_recipes/models/configs``."""
+
+    revision: str | None = None
+    """Commit of a Hugging Face id."""
+
+    weights: Literal["pretrained", "random"] = "pretrained"
+    """``random`` needs only a config.json; values depend on ``train.seed`` and not on the layout."""
+
+    config_overrides: dict[str, Any] = field(default_factory=dict)
+    """Keys of config.json to replace (``num_hidden_layers: 16``). Only with ``weights: random``."""
+
+    tokenizer: str | None = None
+    """Folder or Hugging Face id of the tokenizer; the model's source if not given."""
+
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Storage and compute dtype of the weights. What a family keeps in float32 stays float32."""
+
+    attn_implementation: str = "sdpa"
+    """Attention backend by Transformers' name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """How the ranks are laid out. Names and meaning are those of ``transformers.distributed.DistributedConfig``."""
+
+    fsdp_size: int = 1
+    """Ranks that shard the dense parameters."""
+
+    ep_size: int = 1
+    """Ranks that hold distinct experts. Borrowed from ``fsdp_size``, so it adds no ranks."""
+
+    dp_replicate_size: int = 1
+    """Replicas of the sharded model (HSDP)."""
+
+    ep_implementation: str = "moe_recipes_all_to_all"
+    """The dispatcher, by its name in Transformers' ``EPImplementationInterface``."""
+
+    reduce_dtype: Literal["model", "float32"] = "float32"
+    """Dtype of the gradient reduction. ``model`` halves its traffic and rounds every partial sum."""
+
+    @property
+    def num_ranks(self) -> int:
+        return self.fsdp_size * self.dp_replicate_size
+
+    @property
+    def efsdp_size(self) -> int:
+        """Ranks that hold the same experts and shard them. Derived, never set."""
+        return self.fsdp_size // self.ep_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What is learned from, and how rows become batches."""
+
+    train: tuple[str, ...] = ()
+    """Files (JSONL, Parquet), folders of them, globs, or ``hf:ID`` / ``hf:ID:SPLIT`` for a Hugging Face data set."""
+
+    validation: tuple[str, ...] = ()
+    """The held-out rows, in the same forms. Excludes ``validation_fraction``."""
+
+    validation_fraction: float = 0.0
+    """Share of the training rows that is held out, chosen by a hash of the row."""
+
+    revision: str | None = None
+    """Commit of the Hugging Face data sets."""
+
+    format: Literal["auto", "messages", "prompt_completion", "text", "random_tokens"] = "auto"
+    """Shape of a row. ``random_tokens`` needs no files: uniform tokens, for benchmarks and smoke tests."""
+
+    seq_len: int
+    """Tokens a packed row holds."""
+
+    loss_on: Literal["assistant", "all"] = "assistant"
+    """Tokens that carry loss: assistant turns (or completions) only, or every token."""
+
+    long_rows: Literal["error", "split", "truncate", "skip"] = "error"
+    """What to do with a row of more than ``seq_len`` tokens. Anything but ``error`` is counted and logged."""
+
+    packing: bool = True
+    """Fill each row of ``seq_len`` tokens with several documents that never see each other."""
+
+    shuffle: bool = True
+    """Visit the packed rows in an order drawn from ``train.seed`` and the epoch."""
+
+    cache_dir: str | None = None
+    """Where token caches live; ``RUN/cache`` if not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """Optimizer and schedule."""
+
+    name: Literal["adamw", "flash_adamw"] = "adamw"
+    """``adamw``: torch's, states in the weights' dtype, so use float32 weights. ``flash_adamw``: bfloat16 weights with
+    an exact float32 master (16-bit remainder) and 8-bit moments, about 8 bytes a parameter with the gradient; CUDA."""
+
+    lr: float
+    """Peak learning rate."""
+
+    betas: tuple[float, ...] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """Decoupled; not applied to tensors with one dimension."""
+
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.1
+    """Learning rate at the last step over the peak."""
+
+    max_grad_norm: float = 1.0
+    """Clip the global gradient norm to this; 0 leaves gradients alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """The loop."""
+
+    steps: int
+    """Optimizer steps in the whole run."""
+
+    micro_batch_size: int = 1
+    """Rows of ``data.seq_len`` tokens a rank computes at once."""
+
+    grad_accum_steps: int = 1
+    """Microbatches a rank computes for one optimizer step."""
+
+    activation_checkpointing: Literal["none", "full"] = "full"
+    """``full``: keep each layer's input and recompute the layer in the backward pass, never routing again."""
+
+    seed: int = 0
+    deterministic: bool = False
+    """Ask torch for deterministic algorithms; slower."""
+
+    validate_every_steps: int = 0
+    """0: never."""
+
+    validation_batches: int = 8
+    """Global microbatches of held-out data a validation reads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Resumable state, and the Hugging Face export."""
+
+    every_steps: int = 0
+    """0: only at the end and when asked to stop."""
+
+    keep_last: int = 2
+    save_last: bool = True
+    """Save after the last step."""
+
+    export: bool = True
+    """Write ``RUN/export`` after the last step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Log:
+    every_steps: int = 1
+    expert_load_every_steps: int = 10
+    """How often the tokens of every expert of every layer are written to metrics.jsonl; 0: never."""
+
+    wandb: Literal["auto", "offline", "off"] = "auto"
+    """``auto``: online with a key, offline without one, off where wandb is not installed."""
+
+    wandb_project: str = "moe-recipes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    experts: str = "moe_recipes"
+    """Expert computation by its name in Transformers' ``ALL_EXPERTS_FUNCTIONS``, or ``eager``."""
+
+    loss: Literal["fused", "logits"] = "fused"
+    """``fused``: cross-entropy in chunks, the logits never exist whole. ``logits``: Transformers' way."""
+
+    loss_chunk_tokens: int = 2048
+    """Tokens a chunk of the fused loss holds; its memory is this times the vocabulary."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    name: str
+    run_dir: str | None = None
+    """Where the run lives; ``runs/NAME`` if not given."""
+
+    model: Model
+    parallel: Parallel = field(default_factory=Parallel)
+    data: Data
+    optim: Optim
+    train: Train
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    log: Log = field(default_factory=Log)
+    kernels: Kernels = field(default_factory=Kernels)
+
+    @property
+    def rows_per_step(self) -> int:
+        """Packed rows that one optimizer step reads, over all ranks."""
+        return self.parallel.num_ranks * self.train.micro_batch_size * self.train.grad_accum_steps
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.rows_per_step * self.data.seq_len

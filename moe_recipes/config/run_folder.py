@@ -1,0 +1,283 @@
+"""The run folder: where a run keeps everything, and the small files by which its processes and its operator talk.
+
+runs/NAME/
+  recipe.json       the resolved recipe          metrics.jsonl   one object a step
+  manifest.json     what ran, with which versions  events.jsonl    starts, saves, stops, with times
+  status.json       where the run stands         ckpt/           step-XXXXXXXX/, latest
+  attempts/N/       one start: manifest.json, rank-00000.log ...; attempts/latest links to the newest
+  export/           the Hugging Face checkpoint  STOP, SAVE      touch one to stop, or to save at the next step
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import uuid
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from moe_recipes.config.errors import CannotWriteError, CorruptCheckpointError, MissingInputError, RecipeError
+from moe_recipes.config.manifest import make_manifest
+from moe_recipes.config.recipe import Recipe
+from moe_recipes.config.resolve import flatten, recipe_from_dict, recipe_to_dict
+
+STATUS_SCHEMA_VERSION = 1
+TERMINAL_STATES = ("stopped", "failed", "done")
+MAY_CHANGE = (
+    "run_dir",
+    "log.",
+    "checkpoint.every_steps",
+    "checkpoint.keep_last",
+    "checkpoint.save_last",
+    "checkpoint.export",
+    "train.validate_every_steps",
+    "train.validation_batches",
+)
+"""Keys, and sections with a dot, that a resumed run may give other values: they change no number that is trained."""
+
+State = Literal["starting", "running", "stopped", "failed", "done"]
+
+
+class RunFolder:
+    """The paths of one run, and its status, events and attempts."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def __repr__(self) -> str:
+        return f"RunFolder({str(self.path)!r})"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def status(self) -> Path:
+        return self.path / "status.json"
+
+    @property
+    def manifest(self) -> Path:
+        return self.path / "manifest.json"
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.json"
+
+    @property
+    def ckpt(self) -> Path:
+        return self.path / "ckpt"
+
+    @property
+    def export(self) -> Path:
+        return self.path / "export"
+
+    @property
+    def cache(self) -> Path:
+        """Token caches, unless the recipe names another place."""
+        return self.path / "cache"
+
+    @property
+    def attempts(self) -> Path:
+        return self.path / "attempts"
+
+    @property
+    def stop_file(self) -> Path:
+        """Somebody made this file to stop the run at the next step; the run saves first."""
+        return self.path / "STOP"
+
+    @property
+    def save_file(self) -> Path:
+        """Somebody made this file to have a checkpoint at the next step."""
+        return self.path / "SAVE"
+
+    def write_status(
+        self,
+        state: State,
+        *,
+        step: int | None = None,
+        last_durable_step: int | None = None,
+        cause: str | None = None,
+        rank: int | None = None,
+        host: str | None = None,
+        exit_code: int | None = None,
+    ) -> None:
+        """Replace status.json at once: a reader sees the old or the new one, never half of one.
+
+        ``step`` and ``last_durable_step`` keep their last value if not given; the rest does not.
+
+        Raises:
+            CannotWriteError: the folder cannot be written.
+        """
+        before = self.read_status() or {}
+        status = {
+            "schema_version": STATUS_SCHEMA_VERSION,
+            "state": state,
+            "step": before.get("step") if step is None else step,
+            "last_durable_step": before.get("last_durable_step") if last_durable_step is None else last_durable_step,
+            "cause": cause,
+            "rank": rank,
+            "host": host or socket.gethostname(),
+            "exit_code": exit_code,
+            "time": now(),
+        }
+        # The trainer reports every step: waiting for the disk each time would cost more than a status is worth.
+        write_json(self.status, status, durable=state != "running")
+
+    def read_status(self) -> dict[str, Any] | None:
+        """The last status, or None if there is none or it cannot be read."""
+        try:
+            status = json.loads(self.status.read_bytes())
+        except (OSError, ValueError):
+            return None
+        return status if isinstance(status, dict) else None
+
+    def append_event(self, event: str, **fields: Any) -> None:
+        """Add one line to events.jsonl, with the time.
+
+        Raises:
+            CannotWriteError: the file cannot be written.
+        """
+        line = json.dumps({"time": now(), "event": event, **fields}) + "\n"
+        try:
+            with self.events.open("ab") as file:
+                file.write(line.encode())
+        except OSError as error:
+            raise _cannot_write(self.events, error) from error
+
+    def update_manifest(self, **fields: Any) -> None:
+        """Set top-level keys of manifest.json."""
+        try:
+            manifest = json.loads(self.manifest.read_bytes())
+        except (OSError, ValueError):
+            manifest = {}
+        write_json(self.manifest, {**manifest, **fields})
+
+    def new_attempt(self) -> Path:
+        """Make ``attempts/<n>/`` for one start of the run and point ``attempts/latest`` to it.
+
+        Raises:
+            CannotWriteError: the folder cannot be written.
+        """
+        try:
+            self.attempts.mkdir(parents=True, exist_ok=True)
+            taken = [int(item.name) for item in self.attempts.iterdir() if item.name.isdigit()]
+            folder = self.attempts / str(max(taken, default=0) + 1)
+            folder.mkdir()
+            link = self.attempts / f".latest-{uuid.uuid4().hex}"
+            link.symlink_to(folder.name)
+            link.replace(self.attempts / "latest")
+        except OSError as error:
+            raise _cannot_write(self.attempts, error) from error
+        return folder
+
+    def read_recipe(self, overrides: tuple[str, ...] = ()) -> Recipe:
+        """The recipe that the run was started with.
+
+        Raises:
+            MissingInputError: this is no run folder.
+            CorruptCheckpointError: recipe.json is damaged.
+        """
+        return recipe_from_dict(self._read_recipe_json(), source=str(self.recipe), overrides=overrides)
+
+    def _read_recipe_json(self) -> Any:
+        try:
+            return json.loads(self.recipe.read_bytes())
+        except OSError as error:
+            raise MissingInputError(
+                f"{self.recipe}: {error.strerror}; {self.path} is not the folder of a run"
+            ) from error
+        except ValueError as error:
+            raise CorruptCheckpointError(f"{self.recipe}: not valid JSON: {error}") from error
+
+
+def run_folder_of(recipe: Recipe) -> RunFolder:
+    """``run_dir`` of the recipe, or ``runs/NAME``."""
+    return RunFolder(recipe.run_dir or Path("runs") / recipe.name)
+
+
+def prepare_run(recipe: Recipe, folder: RunFolder) -> RunFolder:
+    """Make the run folder, or accept an old one for a resume. One process of a run calls this, before the others start.
+
+    Raises:
+        CannotWriteError: the folder cannot be made or written, tried by really writing.
+        RecipeError: the run was started with another recipe; every difference is listed.
+    """
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        probe = folder.path / f".probe-{uuid.uuid4().hex}"
+        probe.write_bytes(b"can this folder be written?")
+        probe.unlink()
+    except OSError as error:
+        raise _cannot_write(folder.path, error) from error
+    new = recipe_to_dict(recipe)
+    if folder.recipe.exists():
+        changes = recipe_changes(folder._read_recipe_json(), new)
+        refused = [change for change in changes if not _may_change(change[0])]
+        if refused:
+            old_values = ", ".join(f"{key}={_short(old)}" for key, old, _ in refused)
+            new_values = ", ".join(f"{key}={_short(value)}" for key, _, value in refused)
+            raise RecipeError(
+                f"{folder.path} was started with {old_values}; the recipe now says {new_values};"
+                " use another run_dir or restore the value"
+            )
+        if changes:
+            folder.append_event("recipe changed", changes=[list(change) for change in changes])
+    write_json(folder.recipe, new)
+    if not folder.manifest.exists():
+        write_json(folder.manifest, make_manifest(new))
+    return folder
+
+
+def recipe_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """``(key, old value, new value)`` of every leaf that differs, by dotted key; an absent leaf is None."""
+    before, after = flatten(old), flatten(new)
+    return [
+        (key, before.get(key), after.get(key)) for key in sorted({*before, *after}) if before.get(key) != after.get(key)
+    ]
+
+
+def _may_change(key: str) -> bool:
+    return any(key.startswith(name) if name.endswith(".") else key == name for name in MAY_CHANGE)
+
+
+def _short(value: Any) -> str:
+    return str(value) if isinstance(value, float | str) else json.dumps(value)
+
+
+def now() -> str:
+    """UTC, ISO 8601, with milliseconds."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
+    """Write JSON through a temporary file beside ``path``, so that ``path`` is whole at every moment.
+
+    Args:
+        durable: wait until the disk has it.
+
+    Raises:
+        CannotWriteError: with the file and the system's reason.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with temporary.open("w") as file:
+            json.dump(value, file, indent=2)
+            file.write("\n")
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> CannotWriteError:
+    return CannotWriteError(f"{path}: cannot be written: {error.strerror or error}; free space, or set another run_dir")

@@ -1,0 +1,161 @@
+"""The drop-in ``AutoModelForCausalLM``: Transformers' classes, with this package's parts where they fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as hf_init
+from transformers.distributed import DistributedConfig
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from moe_recipes.models.blocks import moe_blocks
+from moe_recipes.models.sharded_init import initialize_shards
+from moe_recipes.moe import all_to_all
+from moe_recipes.moe.experts import experts_forward
+from moe_recipes.moe.recompute import checkpoint_contexts, route_once
+from moe_recipes.runtime.optimizations import Optimization, describe
+
+logger = logging.getLogger("moe_recipes.models")
+
+EXPERTS = "moe_recipes"
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS, experts_forward)
+
+
+def _layout(distributed_config: DistributedConfig | dict[str, Any] | None) -> DistributedConfig | None:
+    """The layout with this package's dispatcher where the caller left the choice open."""
+    if isinstance(distributed_config, dict):
+        distributed_config = DistributedConfig.from_dict(distributed_config)
+    if distributed_config is None or distributed_config.ep_implementation != "auto":
+        return distributed_config
+    if distributed_config.ep_size == 1 or distributed_config.tp_size > 1:
+        return distributed_config
+    return dataclasses.replace(distributed_config, ep_implementation=all_to_all.NAME)
+
+
+def _dispatch(layout: DistributedConfig | None) -> Optimization:
+    if layout is None or layout.ep_size == 1:
+        return Optimization("expert dispatch", False, "ep_size is 1, every rank computes all experts")
+    if layout.ep_implementation == all_to_all.NAME:
+        return Optimization("expert dispatch", True, f"all-to-all, one row per (token, rank), ep_size {layout.ep_size}")
+    return Optimization("expert dispatch", False, f"ep_implementation is {layout.ep_implementation!r}")
+
+
+def _finish(model: PreTrainedModel, *, experts: str | None, layout: DistributedConfig | None) -> PreTrainedModel:
+    """Put this package's experts and router handling into a built model, and say in one line what was done."""
+    blocks = moe_blocks(model)
+    if blocks and experts is None:
+        model.set_experts_implementation(EXPERTS)
+    used = getattr(model.config.get_text_config(), "_experts_implementation", None)
+    routers = [block.router for block in blocks if block.router is not None]
+    for router in routers:
+        route_once(router)
+    if not blocks:
+        found = [
+            Optimization("fused experts", False, "the model has no experts behind Transformers' experts interface")
+        ]
+    elif used != EXPERTS:
+        found = [Optimization("fused experts", False, f"experts_implementation is {used!r}")]
+    else:
+        found = [Optimization("fused experts", True, f"{len(blocks)} layers, grouped matrix products")]
+    found.append(_dispatch(layout))
+    found.append(
+        Optimization(
+            "router kept under recomputation",
+            bool(routers) and len(routers) == len(blocks),
+            f"{len(routers)} of {len(blocks)} blocks have a router module",
+        )
+    )
+    model.moe_recipes_optimizations = found  # type: ignore[assignment]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        logger.info("%s: %s", type(model).__name__.removeprefix("FSDP"), describe(found))
+    return model
+
+
+def enable_activation_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute each decoder layer in the backward pass, without routing again."""
+    config = model.config.get_text_config()
+    drops = any(value for key, value in config.to_dict().items() if "dropout" in key and isinstance(value, float))
+    model.activation_checkpointing_enable(
+        # Restoring the generator state costs a device sync a layer; only dropout needs it.
+        {"use_reentrant": False, "context_fn": checkpoint_contexts, "preserve_rng_state": drops}
+    )
+
+
+class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
+    """``transformers.AutoModelForCausalLM`` with fast experts: same arguments, same classes back.
+
+    ``distributed_config=DistributedConfig(fsdp_size=..., ep_size=...)`` gives the layout; with its ``ep_implementation``
+    left at ``"auto"`` tokens travel through this package's dispatcher. ``experts_implementation`` left out means this
+    package's expert computation. A model without experts is returned as Transformers makes it.
+    """
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> PreTrainedModel:
+        """Load as Transformers does; each rank reads only the experts and rows that it owns.
+
+        Args: those of ``transformers.AutoModelForCausalLM.from_pretrained``.
+        """
+        layout = _layout(kwargs.pop("distributed_config", None))
+        if layout is not None:
+            kwargs["distributed_config"] = layout
+        experts = kwargs.get("experts_implementation")
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        model, *info = loaded if isinstance(loaded, tuple) else (loaded,)
+        model = _finish(model, experts=experts, layout=layout)
+        return (model, *info) if info else model  # type: ignore[return-value]
+
+    @classmethod
+    def from_config(
+        cls,
+        config: PreTrainedConfig,
+        *,
+        distributed_config: DistributedConfig | dict[str, Any] | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> PreTrainedModel:
+        """Build with random weights. Without ``distributed_config`` this is Transformers' own ``from_config``.
+
+        Args:
+            distributed_config: the layout. The model is built on the meta device and distributed, then each rank draws
+                its own shards on its own device, equal for any layout.
+            seed: of the weights; rank 0's ``torch.initial_seed()`` if not given. Only with ``distributed_config``.
+        """
+        layout, experts = _layout(distributed_config), kwargs.get("experts_implementation")
+        if layout is None:
+            return _finish(super().from_config(config, **kwargs), experts=experts, layout=None)
+        with torch.device("meta"), hf_init.meta_device_safe_creation_ops():
+            model = super().from_config(config, **kwargs)
+        _keep_fp32(model)
+        layout, device, mesh = type(model).prepare_distribute_model(layout)
+        if mesh is None:
+            device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+        model = type(model).maybe_distribute_model(model, layout, mesh)
+        initialize_shards(model, seed=_agreed_seed(seed), device=torch.device(device))
+        return _finish(model, experts=experts, layout=layout)
+
+
+def _agreed_seed(seed: int | None) -> int:
+    if seed is not None:
+        return seed
+    agreed = [torch.initial_seed()]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast_object_list(agreed, src=0)
+    return agreed[0]
+
+
+def _keep_fp32(model: PreTrainedModel) -> None:
+    """What a family keeps in float32 when it is loaded stays float32 when it is drawn."""
+    patterns = model._get_dtype_plan(model.dtype)
+    for name, module in model.named_modules():
+        for tensors in (module._parameters, module._buffers):
+            for key, tensor in tensors.items():
+                if tensor is not None and any(pattern in f"{name}.{key}" for pattern in patterns):
+                    cast = tensor.data.to(torch.float32)
+                    tensors[key] = nn.Parameter(cast) if isinstance(tensor, nn.Parameter) else cast

@@ -1,0 +1,160 @@
+"""Recipe -> model and tokenizer on this rank."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.distributed import DistributedConfig
+
+from moe_recipes.config.checks import check_model_config
+from moe_recipes.config.errors import CorruptCheckpointError, MissingInputError, RecipeError
+from moe_recipes.config.model_config import find_model_config, read_model_config
+from moe_recipes.config.recipe import Recipe
+from moe_recipes.models.auto import AutoModelForCausalLM
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a model comes from, resolved to local files."""
+
+    folder: Path
+    config: dict[str, Any]
+    """config.json with the recipe's overrides."""
+
+    config_json: bytes
+    """What an export writes: the source's bytes, or the overridden config where there are overrides."""
+
+    @property
+    def config_hash(self) -> str:
+        return hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_source(recipe: Recipe) -> Source:
+    """Find and check the model's files; nothing is downloaded.
+
+    Raises:
+        MissingInputError, CorruptCheckpointError, RecipeError: each names the file or key and the mend.
+    """
+    config, raw, _ = read_model_config(recipe.model)
+    check_model_config(recipe, config)
+    folder = find_model_config(recipe.model)[0].parent
+    if recipe.model.weights == "pretrained":
+        check_weight_files(folder)
+    changed = bool(recipe.model.config_overrides)
+    return Source(
+        folder=folder, config=config, config_json=(json.dumps(config, indent=2) + "\n").encode() if changed else raw
+    )
+
+
+def check_weight_files(folder: Path) -> None:
+    """Refuse a model folder with a missing, empty or truncated safetensors file, by name.
+
+    Raises:
+        MissingInputError: no weights, or a file of the index is not there.
+        CorruptCheckpointError: a file or the index is damaged.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            files = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CorruptCheckpointError(f"{index}: not a safetensors index ({error}); fetch the file again") from error
+    else:
+        files = ["model.safetensors"]
+    for name in files:
+        path = folder / name
+        if Path(name).name != name:
+            raise CorruptCheckpointError(
+                f"{index}: file name {name!r} leaves the model folder; do not trust this model"
+            )
+        if not path.is_file():
+            raise MissingInputError(f"{path}: not there ({len(files)} weight files expected); fetch the model again")
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise CorruptCheckpointError(
+                f"{path}: cut short or not safetensors ({error}); fetch the file again"
+            ) from error
+
+
+def load_config(source: Source, folder: Path) -> PreTrainedConfig:
+    """The config object of a possibly overridden config.json, through a file, so that Transformers reads it as usual.
+
+    ``folder`` is private to this rank and may be removed afterwards.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_bytes(source.config_json)
+    return AutoConfig.from_pretrained(folder)
+
+
+def layout(recipe: Recipe) -> DistributedConfig:
+    """The recipe's layout in Transformers' terms."""
+    parallel = recipe.parallel
+    return DistributedConfig(
+        fsdp_size=parallel.fsdp_size,
+        ep_size=parallel.ep_size,
+        dp_replicate_size=parallel.dp_replicate_size,
+        ep_implementation=parallel.ep_implementation if parallel.ep_size > 1 else "auto",
+        # Transformers' flag means bfloat16 compute with a float32 reduction; float32 models need neither.
+        fsdp_mixed_precision=parallel.reduce_dtype == "float32" and recipe.model.dtype == "bfloat16",
+    )
+
+
+def build_model(recipe: Recipe, source: Source, *, scratch: Path) -> PreTrainedModel:
+    """Load or draw the model, distributed over the ranks. Every rank must call it.
+
+    Raises:
+        RecipeError: expert parallelism on a family without a plan for it, or a name that Transformers does not know.
+    """
+    config = load_config(source, scratch)
+    if recipe.parallel.ep_size > 1 and not config.get_text_config().base_model_ep_plan:
+        raise RecipeError(
+            f"parallel.ep_size={recipe.parallel.ep_size}: {config.model_type!r} has no expert-parallel plan in"
+            f" Transformers; set parallel.ep_size=1"
+        )
+    options: dict[str, Any] = {
+        "dtype": getattr(torch, recipe.model.dtype),
+        "attn_implementation": recipe.model.attn_implementation,
+        "distributed_config": layout(recipe),
+    }
+    if recipe.kernels.experts != "moe_recipes":
+        options["experts_implementation"] = recipe.kernels.experts
+    if recipe.model.weights == "random":
+        return AutoModelForCausalLM.from_config(config, seed=recipe.train.seed, **options)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(source.folder, **options)
+    return model if recipe.parallel.num_ranks > 1 else model.to(device)
+
+
+def load_tokenizer(recipe: Recipe, source: Source) -> PreTrainedTokenizerBase | None:
+    """The tokenizer, or None where the data needs none.
+
+    Raises:
+        MissingInputError: no tokenizer there.
+    """
+    if recipe.data.format == "random_tokens":
+        return None
+    place = recipe.model.tokenizer or str(source.folder)
+    try:
+        return AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise MissingInputError(f"model.tokenizer: no tokenizer at {place!r} ({reason})") from error
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """Changes when a tokenizer would give other ids or another rendering of a chat."""
+    if tokenizer is None:
+        return "none"
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    template = json.dumps(tokenizer.chat_template, sort_keys=True)
+    return hashlib.sha256(f"{words}\n{template}".encode()).hexdigest()[:16]

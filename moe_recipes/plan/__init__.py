@@ -1,0 +1,1 @@
+"""Arithmetic on a model config: parameters, bytes, time. No torch."""

@@ -1,0 +1,54 @@
+"""Training FLOPs of a token, from a config.json alone. Pure arithmetic, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+"""Dense bfloat16 peak by the vendor's datasheets; the denominator of MFU."""
+
+FORMULA = "MFU = tokens/s/GPU x 3 x (2 x active matrix parameters + 2 x heads x head_dim x seq_len x layers) / peak"
+"""Forward counts two FLOPs a weight and token, attention half of the square; training counts the forward three times,
+recomputation not at all."""
+
+
+def _attention(config: Mapping[str, Any], seq_len: int) -> tuple[float, float]:
+    """Forward FLOPs of one layer's projections and of its causal attention, a token."""
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    head_dim = config.get("head_dim") or hidden // heads
+    kv_heads = config.get("num_key_value_heads") or heads
+    projections = 2 * hidden * head_dim * (2 * heads + 2 * kv_heads)
+    return projections, 2 * 2 * heads * head_dim * seq_len / 2
+
+
+def train_flops_per_token(config: Mapping[str, Any], *, seq_len: int) -> float | None:
+    """Forward plus backward FLOPs a token, or None for a family whose arithmetic is not written here.
+
+    Args:
+        config: a config.json with the keys of Llama, Qwen3 or Qwen3-MoE.
+    """
+    if config.get("model_type") not in ("qwen3_moe", "qwen3", "llama", "mistral", "qwen2"):
+        return None
+    hidden, layers = config["hidden_size"], config["num_hidden_layers"]
+    projections, attention = _attention(config, seq_len)
+    dense_mlp = 3 * 2 * hidden * config["intermediate_size"]
+    experts = config.get("num_experts") or config.get("num_local_experts") or 0
+    if experts:
+        step = config.get("decoder_sparse_step") or 1
+        dense_only = set(config.get("mlp_only_layers") or [])
+        sparse = sum(1 for i in range(layers) if i not in dense_only and (i + 1) % step == 0)
+        sparse_mlp = config["num_experts_per_tok"] * 3 * 2 * hidden * config["moe_intermediate_size"]
+        mlp = sparse * (sparse_mlp + 2 * hidden * experts) + (layers - sparse) * dense_mlp
+    else:
+        mlp = layers * dense_mlp
+    head = 2 * hidden * config["vocab_size"]
+    return 3.0 * (layers * (projections + attention) + mlp + head)
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bfloat16 peak of a GPU by its name, FLOP/s; None if it is not in the table."""
+    for key, peak in PEAK_FLOPS.items():
+        if key in device_name:
+            return peak
+    return None

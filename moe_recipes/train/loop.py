@@ -1,0 +1,219 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_recipes.config.errors import NotFiniteError, StoppedError
+from moe_recipes.data.loader import Batch
+from moe_recipes.moe.expert_load import max_violation
+from moe_recipes.plan.flops import peak_flops, train_flops_per_token
+from moe_recipes.runtime.sharding import reshard
+from moe_recipes.runtime.stop import StopFlag, switch_is_on
+from moe_recipes.runtime.world import barrier, max_over_ranks, sum_over_ranks
+from moe_recipes.train.metrics import Metrics, device_memory
+from moe_recipes.train.optim import learning_rate
+from moe_recipes.train.resume import save
+from moe_recipes.train.run import Run
+from moe_recipes.train.wandb_log import WandbLog
+
+logger = logging.getLogger("moe_recipes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepStats:
+    """One optimizer step, global: equal on all ranks."""
+
+    loss: float
+    """Mean over the step's label tokens."""
+
+    grad_norm: float
+    lr: float
+    num_label_tokens: int
+    num_tokens: int
+
+
+def batch_loss(run: Run, batch: Batch) -> Tensor:
+    """Summed loss of one microbatch on this rank, float32 scalar."""
+    device = run.world.device
+    # Without packing the positions are 0, 1, 2 ...: left out, attention takes its plain causal kernel.
+    packed = run.recipe.data.format != "random_tokens"
+    extra = {"position_ids": batch.position_ids.to(device, non_blocking=True)} if packed else {}
+    return run.model(
+        input_ids=batch.input_ids.to(device, non_blocking=True),
+        shift_labels=batch.shift_labels.to(device, non_blocking=True),
+        **extra,
+    )
+
+
+def forward_backward(run: Run, batches: list[Batch], *, num_label_tokens: float) -> Tensor:
+    """Gradients of all microbatches; returns this rank's share of the mean loss, a float32 scalar on the device."""
+    loss = torch.zeros((), device=run.world.device)
+    for batch in batches:
+        microbatch_loss = batch_loss(run, batch) / max(1.0, num_label_tokens)
+        (microbatch_loss * run.dp_size).backward()  # undoes FSDP's average over dp_size
+        loss += microbatch_loss.detach()
+    return loss
+
+
+def train_step(run: Run, batches: list[Batch]) -> StepStats:
+    """One optimizer step. The loss and every gradient weigh each label token of the whole step alike.
+
+    Raises:
+        NotFiniteError: on all ranks, before any weight has changed.
+    """
+    labels, tokens = sum_over_ranks(sum(b.num_label_tokens for b in batches), sum(b.num_tokens for b in batches))
+    loss = forward_backward(run, batches, num_label_tokens=labels)
+    norm = run.clip()
+    loss_sum = sum_over_ranks(loss.item())[0]
+    grad_norm = norm.item()
+    if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
+        rows = [row for batch in batches for row in batch.row_ids]
+        logger.error("rank %d read the packed rows %s in step %d", run.world.rank, rows, run.step + 1)
+        raise NotFiniteError(
+            f"step {run.step + 1}: loss {loss_sum}, gradient norm {grad_norm}; weights were left as they were;"
+            f" lower optim.lr, or look at the rows that the log names"
+        )
+    lr = learning_rate(run.recipe.optim, step=run.step, steps=run.recipe.train.steps)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.step += 1
+    return StepStats(loss=loss_sum, grad_norm=grad_norm, lr=lr, num_label_tokens=int(labels), num_tokens=int(tokens))
+
+
+@torch.no_grad()
+def validate(run: Run) -> float:
+    """Mean loss over the label tokens of the held-out batches. Every rank calls it."""
+    assert run.validation is not None
+    run.model.eval()
+    loss, labels = 0.0, 0
+    for batch in run.validation.step(0):
+        loss += float(batch_loss(run, batch))
+        labels += batch.num_label_tokens
+    run.model.train()
+    reshard(run.model)
+    loss_sum, label_sum = sum_over_ranks(loss, labels)
+    return loss_sum / max(1.0, label_sum)
+
+
+class Reporter:
+    """Turns steps into records; the collectives are on every rank, the writing on rank 0."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        recipe = run.recipe
+        self.flops = train_flops_per_token(run.source.config, seq_len=recipe.data.seq_len)
+        name = torch.cuda.get_device_name(run.world.device) if run.world.device.type == "cuda" else "CPU"
+        self.peak = peak_flops(name)
+        self.metrics = self.wandb = None
+        if run.world.is_main:
+            self.metrics = Metrics(run.folder.metrics, first_step=run.step, total_steps=recipe.train.steps)
+            self.wandb = WandbLog(
+                run.folder.path,
+                mode=recipe.log.wandb,
+                project=recipe.log.wandb_project,
+                name=recipe.name,
+                config={"device": name, "flops_per_token": self.flops},
+            )
+
+    def report(self, stats: StepStats, *, step_s: float, data_wait_s: float) -> None:
+        """Log one step on the screen, in metrics.jsonl and to W&B."""
+        run, recipe = self.run, self.run.recipe
+        memory = device_memory(run.world.device)
+        slowest_s, wait_s, allocated, reserved = max_over_ranks(step_s, data_wait_s, *memory.values())
+        per_gpu = stats.num_tokens / slowest_s / run.world.size
+        mfu = per_gpu * self.flops / self.peak if self.flops and self.peak else None
+        record: dict[str, Any] = {
+            "step": run.step,
+            "loss": stats.loss,
+            "grad_norm": stats.grad_norm,
+            "lr": stats.lr,
+            "tokens_per_s": stats.num_tokens / slowest_s,
+            "tokens_per_s_per_gpu": per_gpu,
+            "mfu": mfu,
+            "step_s": slowest_s,
+            "data_wait_s": wait_s,
+            "num_tokens": stats.num_tokens,
+            "num_label_tokens": stats.num_label_tokens,
+            "epoch": run.batches.epoch_of(run.step),
+            "memory_allocated_gib": allocated,
+            "memory_reserved_gib": reserved,
+            "dropped_tokens": 0,
+            "gpu": run.world.device.type == "cuda",
+        }
+        if run.load is not None:
+            counts = run.load.collect()
+            record["max_violation"] = max_violation(counts)
+            every = recipe.log.expert_load_every_steps
+            if every and (run.step % every == 0 or run.step == 1):
+                record["expert_load"] = {
+                    layer: row.tolist() for layer, row in zip(run.load.layers, counts, strict=True)
+                }
+        if run.validation is not None and run.step % recipe.train.validate_every_steps == 0:
+            record["validation_loss"] = validate(run)
+        if self.metrics is not None and self.wandb is not None:
+            self.metrics.write(record)
+            self.wandb.log(run.step, record)
+            if run.step % recipe.log.every_steps == 0 or run.step == recipe.train.steps:
+                extra = f" | validation {record['validation_loss']:.4f}" if "validation_loss" in record else ""
+                logger.info("%s%s", self.metrics.line(record), extra)
+            run.folder.write_status("running", step=run.step, last_durable_step=run.last_durable_step)
+
+    def close(self) -> None:
+        if self.metrics is not None and self.wandb is not None:
+            self.metrics.close()
+            self.wandb.close()
+
+
+def _requests(run: Run, stop: StopFlag) -> tuple[bool, bool, bool]:
+    """``(signal, STOP file, SAVE file)``: what any rank was asked, agreed by all."""
+    files = (run.folder.stop_file, run.folder.save_file)
+    seen = [switch_is_on(path) for path in files] if run.world.is_main else [False, False]
+    asked = max_over_ranks(float(stop.signal_name is not None), *map(float, seen))
+    return bool(asked[0]), bool(asked[1]), bool(asked[2])
+
+
+def train(run: Run, stop: StopFlag) -> str:
+    """Train until the recipe's last step, or until somebody asks to stop. Every rank calls this.
+
+    Returns:
+        ``"done"``, or ``"stopped"`` where ``RUN/STOP`` was there; the run is saved either way.
+    Raises:
+        StoppedError: a signal came to any rank; the run is saved and can be started again.
+    """
+    recipe, reporter = run.recipe, Reporter(run)
+    last_step, every = recipe.train.steps, recipe.checkpoint.every_steps
+    with ThreadPoolExecutor(max_workers=1) as loader:
+        upcoming = loader.submit(run.batches.step, run.step)
+        while run.step < last_step:
+            start = time.perf_counter()
+            batches = upcoming.result()
+            data_wait_s = time.perf_counter() - start
+            if run.step + 1 < last_step:
+                upcoming = loader.submit(run.batches.step, run.step + 1)
+            stats = train_step(run, batches)
+            reporter.report(stats, step_s=time.perf_counter() - start, data_wait_s=data_wait_s)
+            signalled, stopped, asked_to_save = _requests(run, stop)
+            finished = run.step == last_step and recipe.checkpoint.save_last
+            if signalled or stopped or asked_to_save or finished or (every and run.step % every == 0):
+                save(run)
+                if run.world.is_main and asked_to_save:
+                    run.folder.save_file.unlink(missing_ok=True)
+            if run.step < last_step and (signalled or stopped):
+                reporter.close()
+                if signalled:
+                    raise StoppedError(f"stopped by a signal after step {run.step}; saved, start it again to continue")
+                return "stopped"
+    reporter.close()
+    barrier()
+    return "done"

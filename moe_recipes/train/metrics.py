@@ -1,0 +1,78 @@
+"""What a step measured: the JSON line, the line on the screen, and the same numbers to W&B."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import torch
+
+logger = logging.getLogger("moe_recipes")
+GIB = 1 << 30
+
+
+def device_memory(device: torch.device) -> dict[str, float]:
+    """Peak GiB since the last reset, on this rank: allocated by tensors, reserved by the allocator; 0 on the CPU."""
+    if device.type != "cuda":
+        return {"memory_allocated_gib": 0.0, "memory_reserved_gib": 0.0}
+    return {
+        "memory_allocated_gib": torch.cuda.max_memory_allocated(device) / GIB,
+        "memory_reserved_gib": torch.cuda.max_memory_reserved(device) / GIB,
+    }
+
+
+class Metrics:
+    """Writer of ``metrics.jsonl``; the file is the truth, everything else gets a copy. Rank 0 only.
+
+    A resumed run continues at its checkpoint, so steps that were logged beyond it are dropped here first: each step
+    stands in the file once.
+    """
+
+    def __init__(self, path: Path, *, first_step: int, total_steps: int) -> None:
+        self.path, self.total_steps = path, total_steps
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if line and _step(line) <= first_step]
+            path.write_text("".join(f"{line}\n" for line in kept))
+        self.file = path.open("a", buffering=1)
+        self.durations: deque[float] = deque(maxlen=50)
+
+    def write(self, record: dict[str, Any]) -> None:
+        self.file.write(json.dumps(record) + "\n")
+
+    def line(self, record: dict[str, Any]) -> str:
+        """One aligned line for people."""
+        self.durations.append(record["step_s"])
+        step, total = record["step"], self.total_steps
+        left_s = (total - step) * sum(self.durations) / len(self.durations)
+        done = round(20 * step / total)
+        bar = "=" * max(0, done - 1) + (">" if 0 < done < 20 else "=" if done else "") + "." * (20 - done)
+        parts = [
+            f"step {step:>{len(str(total))}}/{total} [{bar}]",
+            f"loss {record['loss']:8.4f}",
+            f"grad_norm {record['grad_norm']:8.3f}",
+            f"lr {record['lr']:.2e}",
+            f"{record['tokens_per_s_per_gpu']:9,.0f} tok/s/{'GPU' if record['gpu'] else 'rank'}",
+        ]
+        if record["mfu"] is not None:
+            parts.append(f"MFU {100 * record['mfu']:4.1f}%")
+        if record["gpu"]:
+            parts.append(f"mem {record['memory_allocated_gib']:5.1f} GiB")
+        if record.get("max_violation") is not None:
+            parts.append(f"max violation {record['max_violation']:5.2f}")
+        parts.append(f"left {time.strftime('%H:%M:%S', time.gmtime(left_s))}")
+        return " | ".join(parts)
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _step(line: str) -> int:
+    """Step of a JSON line; a line that a kill cut short counts as beyond any step."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return 1 << 62

@@ -1,0 +1,71 @@
+"""Saving a run and continuing it: weights, optimizer, generators, and the step, from which data and rate follow."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import torch.distributed as dist
+
+from moe_recipes.checkpoint.store import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
+from moe_recipes.runtime.world import agree, barrier
+from moe_recipes.train.optim import prepare_state
+from moe_recipes.train.run import Run
+
+logger = logging.getLogger("moe_recipes")
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint of the finished step. Every rank calls it; it returns when the checkpoint is durable."""
+    if run.last_durable_step == run.step:
+        return
+    start = time.perf_counter()
+    path = save_checkpoint(
+        run.folder.ckpt,
+        run.step,
+        entries=run.entries(),
+        rank_tensors=run.rank_tensors(),
+        state={"step": run.step, "history": run.history},
+        identity=run.identity,
+        rank=run.world.rank,
+        num_ranks=run.world.size,
+        barrier=barrier,
+        agree=agree,
+    )
+    run.last_durable_step = run.step
+    if run.world.is_main:
+        prune_checkpoints(run.folder.ckpt, keep_last=run.recipe.checkpoint.keep_last)
+        seconds = time.perf_counter() - start
+        run.folder.append_event("checkpoint", step=run.step, path=str(path), seconds=round(seconds, 3))
+        logger.info("saved %s in %.1f s", path, seconds)
+
+
+def resume(run: Run) -> None:
+    """Continue the newest complete checkpoint of the run folder, if there is one.
+
+    Raises:
+        RecipeError: the checkpoint is of another model, data set or optimizer.
+        CorruptCheckpointError: it is damaged.
+    """
+    found = [latest_checkpoint(run.folder.ckpt) if run.world.is_main else None]
+    dist.broadcast_object_list(found, src=0)  # one rank looks, so that no two ranks see different folders
+    path = found[0]
+    if path is None:
+        return
+    prepare_state(run.optimizer, step=int(path.name.rpartition("-")[2]))
+    generators = run.rank_tensors()
+    state = load_checkpoint(
+        path,
+        entries=run.entries(),
+        rank_tensors=generators,
+        identity=run.identity,
+        rank=run.world.rank,
+        num_ranks=run.world.size,
+    )
+    if state["rank_tensors_loaded"]:
+        run.restore_rank_tensors(generators)
+    run.step = run.last_durable_step = state["step"]
+    run.history = state["history"]
+    if run.world.is_main:
+        run.folder.append_event("resume", step=run.step, path=str(path))
+        logger.info("continuing %s after step %d", path, run.step)

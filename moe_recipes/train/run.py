@@ -1,0 +1,198 @@
+"""What the loop owns, built in order: ranks, model, data, optimizer, and the checkpoint that it continues."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import random
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moe_recipes.checkpoint.entry import Entry
+from moe_recipes.config.recipe import Recipe
+from moe_recipes.config.run_folder import RunFolder
+from moe_recipes.data.loader import Batches
+from moe_recipes.data.prepare import open_data
+from moe_recipes.models.auto import enable_activation_checkpointing
+from moe_recipes.models.blocks import moe_blocks
+from moe_recipes.models.build import Source, build_model, load_tokenizer, read_source, tokenizer_hash
+from moe_recipes.models.loss import install_loss
+from moe_recipes.moe.expert_load import ExpertLoad
+from moe_recipes.runtime.optimizations import Optimization, describe
+from moe_recipes.runtime.sharding import local_rows, local_tensor
+from moe_recipes.runtime.world import World, barrier
+from moe_recipes.train.optim import GradientClip, build_optimizer, optimizer_entries
+
+logger = logging.getLogger("moe_recipes")
+
+
+@dataclass(kw_only=True)
+class Run:
+    """One training run on this rank. ``step`` counts finished optimizer steps."""
+
+    recipe: Recipe
+    folder: RunFolder
+    world: World
+    source: Source
+    tokenizer: PreTrainedTokenizerBase | None
+    model: PreTrainedModel
+    optimizer: torch.optim.Optimizer
+    clip: GradientClip
+    batches: Batches
+    validation: Batches | None
+    load: ExpertLoad | None
+    optimizations: list[Optimization]
+    identity: dict[str, Any]
+    step: int = 0
+    last_durable_step: int = 0
+    history: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def dp_size(self) -> int:
+        """Ranks that see distinct batches: all of them."""
+        return self.world.size
+
+    def entries(self) -> dict[str, Entry]:
+        """Every tensor that a checkpoint holds, by global name; this rank's part of each."""
+        rank = self.world.rank
+        entries = {
+            f"model.{name}": Entry(tensor=local_tensor(parameter.detach()), rows=local_rows(parameter, rank=rank))
+            for name, parameter in self.model.named_parameters()
+        }
+        persistent = self.model.state_dict().keys()
+        for name, buffer in self.model.named_buffers():
+            if name in persistent:
+                entries[f"model.{name}"] = Entry(tensor=buffer, rows=local_rows(buffer, rank=rank))
+        return entries | optimizer_entries(self.model, self.optimizer, rank=rank)
+
+    def rank_tensors(self) -> dict[str, torch.Tensor]:
+        """Random generator states of this rank."""
+        states = {"rng.cpu": torch.get_rng_state()}
+        if self.world.device.type == "cuda":
+            states["rng.cuda"] = torch.cuda.get_rng_state(self.world.device)
+        return states
+
+    def restore_rank_tensors(self, states: dict[str, torch.Tensor]) -> None:
+        torch.set_rng_state(states["rng.cpu"])
+        if "rng.cuda" in states and self.world.device.type == "cuda":
+            torch.cuda.set_rng_state(states["rng.cuda"], self.world.device)
+
+
+def seed_everything(seed: int, *, deterministic: bool) -> None:
+    """Seed every generator of this process; with ``deterministic`` torch refuses or replaces unrepeatable kernels."""
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+
+
+def _agreed_load(model: PreTrainedModel, device: torch.device) -> ExpertLoad | None:
+    blocks = {block.layer: block.experts for block in moe_blocks(model)}
+    if not blocks:
+        return None
+    config = model.config.get_text_config()
+    names = ("num_experts", "n_routed_experts", "num_local_experts")
+    num_experts = next(getattr(config, name) for name in names if getattr(config, name, None))
+    return ExpertLoad(blocks, num_experts=num_experts, device=device)
+
+
+def open_batches(
+    recipe: Recipe, folder: RunFolder, world: World, tokenizer: PreTrainedTokenizerBase | None, *, vocab_size: int
+) -> tuple[Batches, Batches | None]:
+    """Training and held-out batches of this rank; rank 0 tokenises where there is no cache yet."""
+    train = recipe.train
+    rows, held_out, report = open_data(
+        recipe.data,
+        tokenizer=tokenizer,
+        tokenizer_hash=tokenizer_hash(tokenizer),
+        vocab_size=vocab_size,
+        cache_dir=Path(recipe.data.cache_dir) if recipe.data.cache_dir else folder.cache,
+        seed=train.seed,
+        is_main=world.is_main,
+        barrier=barrier,
+    )
+    if world.is_main and report.train is not None:
+        logger.info(
+            "data: %s rows, %s tokens in %s packed rows, %.1f%% full; %d rows were longer than seq_len (%s)",
+            f"{report.train.rows:,}",
+            f"{report.train.tokens:,}",
+            f"{report.train.packed_rows:,}",
+            100 * report.train.fill_fraction,
+            report.train.rows_split + report.train.rows_truncated + report.train.rows_skipped,
+            recipe.data.long_rows,
+        )
+        folder.update_manifest(data=dataclasses.asdict(report))
+    shared: dict[str, Any] = {"rank": world.rank, "num_ranks": world.size, "micro_batch_size": train.micro_batch_size}
+    batches = Batches(
+        rows, grad_accum_steps=train.grad_accum_steps, seed=train.seed, shuffle=recipe.data.shuffle, **shared
+    )
+    if held_out is None or not train.validate_every_steps:
+        return batches, None
+    count = min(train.validation_batches, max(1, held_out.num_rows // (world.size * train.micro_batch_size)))
+    return batches, Batches(held_out, grad_accum_steps=count, seed=train.seed, shuffle=False, **shared)
+
+
+def setup(recipe: Recipe, folder: RunFolder, world: World) -> Run:
+    """Build everything that a run needs, up to but not including the checkpoint that it may continue."""
+    source = read_source(recipe)
+    seed_everything(recipe.train.seed + world.rank, deterministic=recipe.train.deterministic)
+    tokenizer = load_tokenizer(recipe, source)
+    batches, validation = open_batches(recipe, folder, world, tokenizer, vocab_size=source.config["vocab_size"])
+    scratch = Path(tempfile.mkdtemp(prefix="moe-recipes-"))
+    try:
+        model = build_model(recipe, source, scratch=scratch)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    model.train()
+    found = list(model.moe_recipes_optimizations)
+    full = recipe.train.activation_checkpointing == "full"
+    if full:
+        enable_activation_checkpointing(model)
+    found.append(
+        Optimization(
+            "activation checkpointing", full, f"train.activation_checkpointing is {'full' if full else 'none'}"
+        )
+    )
+    found.append(
+        install_loss(model, fused=recipe.kernels.loss == "fused", chunk_tokens=recipe.kernels.loss_chunk_tokens)
+    )
+    packing = recipe.data.packing and recipe.data.format != "random_tokens"
+    found.append(Optimization("packing", packing, "documents share rows" if packing else "one document a row"))
+    found.append(Optimization("FSDP2", world.size > 1, f"{world.size} ranks"))
+    if world.is_main:
+        logger.info("optimizations of %s: %s", type(model).__name__.removeprefix("FSDP"), describe(found))
+        folder.update_manifest(optimizations=[o._asdict() for o in found])
+    optimizer = build_optimizer(model, recipe.optim)
+    identity = {
+        "model_config": source.config_hash,
+        "dtype": recipe.model.dtype,
+        "optimizer": recipe.optim.name,
+        "data": batches.fingerprint,
+        "rows_per_step": recipe.rows_per_step,
+    }
+    return Run(
+        recipe=recipe,
+        folder=folder,
+        world=world,
+        source=source,
+        tokenizer=tokenizer,
+        model=model,
+        optimizer=optimizer,
+        clip=GradientClip(model, max_norm=recipe.optim.max_grad_norm, rank=world.rank),
+        batches=batches,
+        validation=validation,
+        load=_agreed_load(model, world.device),
+        optimizations=found,
+        identity=identity,
+    )

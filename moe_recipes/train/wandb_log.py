@@ -1,0 +1,69 @@
+"""The copy of the metrics that goes to W&B. It can be late, offline or broken; it can never stop or slow a run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import uuid
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger("moe_recipes")
+CLOSE_TIMEOUT_S = 20.0
+
+
+class WandbLog:
+    """Hands records to a thread that owns W&B. Rank 0 only.
+
+    The run id is made once and kept in ``RUN/wandb_id``, so all attempts of a run are one W&B run. Without a key the
+    log is written offline under ``RUN/wandb``; ``wandb sync`` sends it later.
+    """
+
+    def __init__(self, run_dir: Path, *, mode: str, project: str, name: str, config: dict[str, Any]) -> None:
+        self.records: queue.SimpleQueue[tuple[int, dict[str, Any]] | None] = queue.SimpleQueue()
+        self.thread: threading.Thread | None = None
+        if mode == "off":
+            return
+        id_file = run_dir / "wandb_id"
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex[:12])
+        has_key = bool(os.environ.get("WANDB_API_KEY")) or (Path.home() / ".netrc").exists()
+        settings = {
+            "id": id_file.read_text(),
+            "resume": "allow",
+            "mode": "online" if mode == "auto" and has_key else "offline",
+            "project": project,
+            "name": name,
+            "dir": str(run_dir),
+            "config": config,
+        }
+        self.thread = threading.Thread(target=self._run, args=(settings,), name="wandb", daemon=True)
+        self.thread.start()
+
+    def _run(self, settings: dict[str, Any]) -> None:
+        try:
+            import wandb
+
+            run = wandb.init(**settings, settings=wandb.Settings(silent=True))
+            while (item := self.records.get()) is not None:
+                step, record = item
+                run.log(record, step=step)
+            run.finish()
+        except ImportError:
+            logger.info("wandb is not installed; metrics.jsonl has everything")
+        except Exception as error:  # whatever W&B does, training goes on
+            logger.warning("wandb stopped (%s); metrics.jsonl has everything", error)
+
+    def log(self, step: int, record: dict[str, Any]) -> None:
+        if self.thread is not None and self.thread.is_alive():
+            self.records.put((step, {key: value for key, value in record.items() if isinstance(value, int | float)}))
+
+    def close(self) -> None:
+        """Wait a bounded time for the rest to be written."""
+        if self.thread is not None:
+            self.records.put(None)
+            self.thread.join(CLOSE_TIMEOUT_S)
+            if self.thread.is_alive():
+                logger.warning("wandb did not finish in %.0f s; metrics.jsonl has everything", CLOSE_TIMEOUT_S)
