@@ -6,6 +6,7 @@ first use, so that the command line starts on a login node without torch.
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -18,15 +19,12 @@ if TYPE_CHECKING:
 __all__ = ["AutoModelForCausalLM", "DistributedConfig", "__version__"]
 
 
+_HOMES = {"AutoModelForCausalLM": "moe_recipes.models.auto", "DistributedConfig": "transformers.distributed"}
+
+
 def __getattr__(name: str) -> Any:
-    if name == "AutoModelForCausalLM":
-        from moe_recipes.models.auto import AutoModelForCausalLM
-
-        return AutoModelForCausalLM
-    if name == "DistributedConfig":
-        from transformers.distributed import DistributedConfig
-
-        return DistributedConfig
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

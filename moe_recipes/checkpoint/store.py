@@ -1,7 +1,7 @@
 """The checkpoint room's public names: save, load, find, verify, prune. No pickle anywhere."""
 
 from moe_recipes.checkpoint.entry import Entry
-from moe_recipes.checkpoint.folder import latest_checkpoint, prune_checkpoints, verify_checkpoint
+from moe_recipes.checkpoint.folder import latest_checkpoint, prune_checkpoints, step_of, verify_checkpoint
 from moe_recipes.checkpoint.load import load_checkpoint
 from moe_recipes.checkpoint.save import save_checkpoint
 
@@ -11,5 +11,6 @@ __all__ = [
     "load_checkpoint",
     "prune_checkpoints",
     "save_checkpoint",
+    "step_of",
     "verify_checkpoint",
 ]

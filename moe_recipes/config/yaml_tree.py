@@ -30,7 +30,7 @@ FLOAT = re.compile(
 class _Loader(yaml.SafeLoader):
     """SafeLoader with the scalar rules of YAML 1.2."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {}  # type: ignore[misc]
 
 
 for _tag, _pattern, _first in (

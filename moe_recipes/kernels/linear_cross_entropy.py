@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe_recipes.kernels.triton import power_of_two, tl, triton, use_triton
+
 IGNORE_INDEX = -100
 
 
@@ -24,6 +26,59 @@ def linear_cross_entropy_reference(
     return F.cross_entropy(logits_TV, labels_T, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
+def softmax_loss_reference(logits_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of each row, float32 (0 without a label), and d loss / d logits, softmax - onehot, in the logits' dtype."""
+    learned_C = labels_C != IGNORE_INDEX
+    index_C1 = labels_C.clamp(min=0).unsqueeze(1)
+    values_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32), copy=True)
+    log_sum_C = values_CV.logsumexp(dim=1)
+    loss_C = (log_sum_C - values_CV.gather(1, index_C1).squeeze(1)) * learned_C
+    values_CV.sub_(log_sum_C.unsqueeze(1)).exp_()
+    values_CV.scatter_add_(1, index_C1, values_CV.new_full(index_C1.shape, -1.0))
+    values_CV.mul_(learned_C.unsqueeze(1))
+    return loss_C, values_CV.to(logits_CV.dtype)
+
+
+@triton.jit
+def _softmax_loss_kernel(logits, labels, loss, V: tl.constexpr, IGNORE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels + row)
+    logits += row * V
+    highest = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for start in range(0, V, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        value = tl.load(logits + column, mask=column < V, other=float("-inf")).to(tl.float32)
+        higher = tl.maximum(highest, value)
+        total = total * tl.exp(highest - higher) + tl.exp(value - higher)
+        highest = higher
+    top = tl.max(highest, axis=0)
+    total = tl.where(highest == float("-inf"), 0.0, total * tl.exp(highest - top))
+    log_sum = tl.log(tl.sum(total, axis=0)) + top
+    learned = label != IGNORE
+    picked = tl.load(logits + tl.where(learned, label, 0)).to(tl.float32)
+    tl.store(loss + row, tl.where(learned, log_sum - picked, 0.0))
+    for start in range(0, V, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        value = tl.load(logits + column, mask=column < V, other=float("-inf")).to(tl.float32)
+        grad = tl.exp(value - log_sum) - tl.where(column == label, 1.0, 0.0)
+        grad = tl.where(learned, grad, 0.0)
+        tl.store(logits + column, grad.to(logits.dtype.element_ty), mask=column < V)
+
+
+def softmax_loss(logits_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]:
+    """As the reference; on a GPU the gradient overwrites the logits: two reads and one write of them in all."""
+    if not use_triton(logits_CV):
+        return softmax_loss_reference(logits_CV, labels_C)
+    rows, words = logits_CV.shape
+    loss_C = torch.empty(rows, dtype=torch.float32, device=logits_CV.device)
+    block = min(4096, power_of_two(words))
+    _softmax_loss_kernel[(rows,)](
+        logits_CV, labels_C, loss_C, words, IGNORE=IGNORE_INDEX, BLOCK=block, num_warps=8
+    )
+    return loss_C, logits_CV
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -31,34 +86,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         need_hidden, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         need_bias = bias_V is not None and ctx.needs_input_grad[3]
-        loss = hidden_TD.new_zeros((), dtype=torch.float32)
+        accumulate = torch.promote_types(hidden_TD.dtype, torch.float32)
+        loss = hidden_TD.new_zeros((), dtype=accumulate)
         grad_hidden = torch.empty_like(hidden_TD) if need_hidden else None
         # Partial sums of the weight gradient over chunks: float32, or bfloat16 rounding would grow with their number.
-        grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if need_weight else None
-        grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if need_bias else None  # type: ignore[arg-type]
+        grad_weight = torch.zeros_like(weight_VD, dtype=accumulate) if need_weight else None
+        grad_bias = torch.zeros_like(bias_V, dtype=accumulate) if need_bias else None  # type: ignore[arg-type]
         for start in range(0, len(hidden_TD), chunk):
             rows = slice(start, start + chunk)
-            hidden_CD, labels_C = hidden_TD[rows], labels_T[rows]
-            learned_C = labels_C != IGNORE_INDEX
-            index_C1 = labels_C.clamp(min=0).unsqueeze(1)
-            logits_CV = F.linear(hidden_CD, weight_VD, bias_V).float()
-            log_sum_C = logits_CV.logsumexp(dim=1)
-            picked_C = logits_CV.gather(1, index_C1).squeeze(1)
-            loss += ((log_sum_C - picked_C) * learned_C).sum()
-            if not (need_hidden or need_weight or need_bias):
-                continue
-            # d loss / d logits = softmax - onehot, in place of the logits.
-            logits_CV.sub_(log_sum_C.unsqueeze(1)).exp_()
-            logits_CV.scatter_add_(1, index_C1, logits_CV.new_full(index_C1.shape, -1.0))
-            logits_CV.mul_(learned_C.unsqueeze(1))
+            loss_C, grad_CV = softmax_loss(F.linear(hidden_TD[rows], weight_VD, bias_V), labels_T[rows])
+            loss += loss_C.sum()
             if grad_bias is not None:
-                grad_bias += logits_CV.sum(dim=0)
-            grad_CV = logits_CV.to(hidden_TD.dtype)
-            del logits_CV
+                grad_bias += grad_CV.sum(dim=0, dtype=accumulate)
             if grad_hidden is not None:
-                grad_hidden[rows] = grad_CV @ weight_VD
+                torch.mm(grad_CV, weight_VD, out=grad_hidden[rows])
             if grad_weight is not None:
-                grad_weight += grad_CV.T @ hidden_CD
+                grad_weight += grad_CV.T @ hidden_TD[rows]
+            del grad_CV
         ctx.save_for_backward(
             grad_hidden,
             grad_weight.to(weight_VD.dtype) if grad_weight is not None else None,
@@ -85,6 +129,6 @@ def linear_cross_entropy(
         hidden_TD: last hidden states, local, bfloat16 or float32.
         weight_VD: output projection, whole (gathered), same dtype.
         labels_T: int64 in [0, V), or -100 for tokens without loss.
-        chunk_tokens: tokens whose logits exist at once; memory is ``chunk_tokens * V * 6`` bytes in bfloat16.
+        chunk_tokens: tokens whose logits exist at once, ``chunk_tokens * V`` values of the hidden states' dtype.
     """
     return _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, bias_V, chunk_tokens)

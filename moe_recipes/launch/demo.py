@@ -137,7 +137,7 @@ def check_curve(metrics: Path, *, num_steps: int) -> tuple[float, float]:
     """
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     steps = [record["step"] for record in records]
-    if len(steps) != num_steps:
+    if steps != list(range(1, num_steps + 1)):
         wrong = sorted(set(range(1, num_steps + 1)) ^ set(steps)) or sorted({s for s in steps if steps.count(s) > 1})
         raise NotFiniteError(
             f"{metrics} must have steps 1 to {num_steps} once each and in order, but has {len(steps)} lines;"

@@ -13,19 +13,14 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as hf_init
 from transformers.distributed import DistributedConfig
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_recipes.models.blocks import moe_blocks
 from moe_recipes.models.sharded_init import initialize_shards
-from moe_recipes.moe import all_to_all
-from moe_recipes.moe.experts import experts_forward
+from moe_recipes.moe import EXPERTS, all_to_all
 from moe_recipes.moe.recompute import checkpoint_contexts, route_once
 from moe_recipes.runtime.optimizations import Optimization, describe
 
 logger = logging.getLogger("moe_recipes.models")
-
-EXPERTS = "moe_recipes"
-ALL_EXPERTS_FUNCTIONS.register(EXPERTS, experts_forward)
 
 
 def _layout(distributed_config: DistributedConfig | dict[str, Any] | None) -> DistributedConfig | None:
@@ -39,6 +34,18 @@ def _layout(distributed_config: DistributedConfig | dict[str, Any] | None) -> Di
     return dataclasses.replace(distributed_config, ep_implementation=all_to_all.NAME)
 
 
+def _requested_experts(argument: str | dict[str, str] | None, config: Any) -> str | dict[str, str] | None:
+    """The caller's choice of expert computation, from the argument, else from the config; None where it is open."""
+    if argument is None and isinstance(config, PreTrainedConfig):
+        return config.get_text_config()._experts_implementation
+    return argument
+
+
+def _has_plain_weights(experts: nn.Module) -> bool:
+    """False for quantised experts: their own functions undo the quantisation."""
+    return all(weight.is_floating_point() and weight.element_size() > 1 for weight in experts.parameters())
+
+
 def _dispatch(layout: DistributedConfig | None) -> Optimization:
     if layout is None or layout.ep_size == 1:
         return Optimization("expert dispatch", False, "ep_size is 1, every rank computes all experts")
@@ -47,10 +54,13 @@ def _dispatch(layout: DistributedConfig | None) -> Optimization:
     return Optimization("expert dispatch", False, f"ep_implementation is {layout.ep_implementation!r}")
 
 
-def _finish(model: PreTrainedModel, *, experts: str | None, layout: DistributedConfig | None) -> PreTrainedModel:
+def _finish(
+    model: PreTrainedModel, *, experts: str | dict[str, str] | None, layout: DistributedConfig | None
+) -> PreTrainedModel:
     """Put this package's experts and router handling into a built model, and say in one line what was done."""
     blocks = moe_blocks(model)
-    if blocks and experts is None:
+    plain = all(_has_plain_weights(block.experts) for block in blocks)
+    if blocks and plain and experts is None:
         model.set_experts_implementation(EXPERTS)
     used = getattr(model.config.get_text_config(), "_experts_implementation", None)
     routers = [block.router for block in blocks if block.router is not None]
@@ -60,6 +70,8 @@ def _finish(model: PreTrainedModel, *, experts: str | None, layout: DistributedC
         found = [
             Optimization("fused experts", False, "the model has no experts behind Transformers' experts interface")
         ]
+    elif not plain:
+        found = [Optimization("fused experts", False, "the experts' weights are quantised")]
     elif used != EXPERTS:
         found = [Optimization("fused experts", False, f"experts_implementation is {used!r}")]
     else:
@@ -105,7 +117,7 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         layout = _layout(kwargs.pop("distributed_config", None))
         if layout is not None:
             kwargs["distributed_config"] = layout
-        experts = kwargs.get("experts_implementation")
+        experts = _requested_experts(kwargs.get("experts_implementation"), kwargs.get("config"))
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model, *info = loaded if isinstance(loaded, tuple) else (loaded,)
         model = _finish(model, experts=experts, layout=layout)
@@ -127,7 +139,8 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
                 its own shards on its own device, equal for any layout.
             seed: of the weights; rank 0's ``torch.initial_seed()`` if not given. Only with ``distributed_config``.
         """
-        layout, experts = _layout(distributed_config), kwargs.get("experts_implementation")
+        layout = _layout(distributed_config)
+        experts = _requested_experts(kwargs.get("experts_implementation"), config)
         if layout is None:
             return _finish(super().from_config(config, **kwargs), experts=experts, layout=None)
         with torch.device("meta"), hf_init.meta_device_safe_creation_ops():

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -113,11 +114,19 @@ def _route(router_forward: Callable[..., Any], hidden: Tensor, *args: Any, **kwa
     return outputs
 
 
-def route_once(router: nn.Module) -> None:
-    """Make a router module hand back its first outputs when its layer is recomputed. Changes nothing elsewhere."""
-    router_forward = router.forward
+class _RouteOnce:
+    """A router's forward. An object and not a closure: it is copied and pickled together with its router."""
 
-    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def __init__(self, router: nn.Module) -> None:
+        self.router = router
+        self.replaced = router.__dict__.get("forward")
+
+    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        router_forward = self.replaced or partial(type(self.router).forward, self.router)
         return _route(router_forward, hidden, *args, **kwargs)
 
-    router.forward = forward  # type: ignore[method-assign]
+
+def route_once(router: nn.Module) -> None:
+    """Make a router module hand back its first outputs when its layer is recomputed. Changes nothing elsewhere."""
+    if not isinstance(router.forward, _RouteOnce):
+        router.forward = _RouteOnce(router)  # type: ignore[method-assign]

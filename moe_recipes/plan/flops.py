@@ -43,7 +43,8 @@ def train_flops_per_token(config: Mapping[str, Any], *, seq_len: int) -> float |
     else:
         mlp = layers * dense_mlp
     head = 2 * hidden * config["vocab_size"]
-    return 3.0 * (layers * (projections + attention) + mlp + head)
+    flops: float = 3.0 * (layers * (projections + attention) + mlp + head)
+    return flops
 
 
 def peak_flops(device_name: str) -> float | None:

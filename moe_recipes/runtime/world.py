@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from moe_recipes.config.errors import EnvironmentMismatchError, InfrastructureError
 
+T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
 
 
@@ -112,3 +115,19 @@ def barrier() -> None:
 def agree(ok: bool) -> bool:
     """True if it is True on every rank."""
     return max_over_ranks(0.0 if ok else 1.0)[0] == 0.0
+
+
+def together(action: Callable[[], T]) -> T:
+    """``action()`` on every rank; if it raises on one, every rank raises, so that none waits in the next collective.
+
+    Raises:
+        InfrastructureError: it failed on another rank, whose log has the cause.
+    """
+    result, error = None, None
+    try:
+        result = action()
+    except Exception as caught:
+        error = caught
+    if agree(error is None):
+        return result  # type: ignore[return-value]
+    raise error or InfrastructureError("another rank failed; its log and status.json have the cause")

@@ -7,8 +7,8 @@ import time
 
 import torch.distributed as dist
 
-from moe_recipes.checkpoint.store import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
-from moe_recipes.runtime.world import agree, barrier
+from moe_recipes.checkpoint.store import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint, step_of
+from moe_recipes.runtime.world import agree, barrier, together
 from moe_recipes.train.optim import prepare_state
 from moe_recipes.train.run import Run
 
@@ -47,20 +47,23 @@ def resume(run: Run) -> None:
         RecipeError: the checkpoint is of another model, data set or optimizer.
         CorruptCheckpointError: it is damaged.
     """
-    found = [latest_checkpoint(run.folder.ckpt) if run.world.is_main else None]
-    dist.broadcast_object_list(found, src=0)  # one rank looks, so that no two ranks see different folders
+    # One rank looks, so that no two ranks see different folders.
+    found = [together(lambda: latest_checkpoint(run.folder.ckpt) if run.world.is_main else None)]
+    dist.broadcast_object_list(found, src=0)
     path = found[0]
     if path is None:
         return
-    prepare_state(run.optimizer, step=int(path.name.rpartition("-")[2]))
+    prepare_state(run.optimizer, step=step_of(path))
     generators = run.rank_tensors()
-    state = load_checkpoint(
-        path,
-        entries=run.entries(),
-        rank_tensors=generators,
-        identity=run.identity,
-        rank=run.world.rank,
-        num_ranks=run.world.size,
+    state = together(
+        lambda: load_checkpoint(
+            path,
+            entries=run.entries(),
+            rank_tensors=generators,
+            identity=run.identity,
+            rank=run.world.rank,
+            num_ranks=run.world.size,
+        )
     )
     if state["rank_tensors_loaded"]:
         run.restore_rank_tensors(generators)
