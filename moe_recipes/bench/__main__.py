@@ -1,7 +1,7 @@
 """Compare arms on one recipe, in one call on one host: ``python -m moe_recipes.bench RECIPE --out FILE.json``.
 
-Every arm is a set of processes of its own, one after the other, so none inherits another's memory or kernels. A figure is
-only worth its ratio to the others of the same file: hosts differ.
+Every arm is a set of processes of its own, one after the other, so none inherits another's memory or kernels. A figure
+is only worth its ratio to the others of the same file: hosts differ.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One arm of a comparison, one rank of it: ``python -m moe_recipes.bench.arm ARM``; ``__main__.py`` starts it.
 
-Both arms run the same shape, the same layout, the same random tokens and as many rows, and are timed alike. What differs
-is the arm itself:
+Both arms run the same shape, the same layout, the same random tokens and as many rows, and are timed alike. What
+differs is the arm itself:
 
     ours           the trainer: its setup, its step, its optimizer, gradient clipping included
     transformers   Transformers' model, dispatcher, experts (grouped_mm), checkpointing and loss, torch's fused AdamW
@@ -123,7 +123,7 @@ ARMS = {"ours": ours, "transformers": plain_transformers}
 
 
 def seconds_per_step(step: Step, batches: Batches, *, warmup: int, steps: int, device: torch.device) -> float:
-    """Mean wall time of ``steps`` steps after ``warmup``, the slowest rank's; batches are made before the clock starts."""
+    """Mean wall time of ``steps`` steps after ``warmup``, the slowest rank's; batches are made before."""
     prepared = [batches.step(number) for number in range(4)]
     for number in range(warmup):
         step(prepared[number % 4])

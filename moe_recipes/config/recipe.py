@@ -15,7 +15,7 @@ class Model:
     """Which model, and where its weights and tokenizer come from."""
 
     source: str
-    """A folder, a Hugging Face id, or ``package:NAME`` for a config.json that ships in ``moe_recipes/models/configs``."""
+    """A folder, a Hugging Face id, or ``package:NAME`` for a config.json that is in ``moe_recipes/models/configs``."""
 
     revision: str | None = None
     """Commit of a Hugging Face id."""
@@ -147,6 +147,9 @@ class Train:
     seed: int = 0
     deterministic: bool = False
     """Ask torch for deterministic algorithms; slower."""
+
+    router_aux_loss_coef: float = 0.0
+    """Weight of the load-balancing loss, as Transformers defines it, of each rank's own tokens. 0: no such loss."""
 
     validate_every_steps: int = 0
     """0: never."""

@@ -87,7 +87,9 @@ def _sum_kernel(y, row_of, weight, out, D, J: tl.constexpr, WEIGHTED: tl.constex
 
 
 @triton.jit
-def _sum_backward_kernel(grad, y, weight, slot, grad_y, grad_weight, D: tl.constexpr, J: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _sum_backward_kernel(
+    grad, y, weight, slot, grad_y, grad_weight, D: tl.constexpr, J: tl.constexpr, BLOCK: tl.constexpr
+):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     place = tl.load(slot + row)
     scale = tl.load(weight + place).to(tl.float32)

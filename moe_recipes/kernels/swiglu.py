@@ -44,7 +44,7 @@ def _backward_kernel(grad, gate_up, out, F, BLOCK: tl.constexpr):  # type: ignor
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Keeps its input alone; ``silu`` is computed again in the backward pass, where it is free under the memory traffic."""
+    """Keeps its input alone; ``silu`` is computed again in the backward pass, free under the memory traffic."""
 
     @staticmethod
     def forward(ctx: Any, gate_up_N2F: Tensor) -> Tensor:

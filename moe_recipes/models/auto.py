@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as hf_init
 from transformers.distributed import DistributedConfig
 
+from moe_recipes.config.errors import RecipeError
 from moe_recipes.models.blocks import moe_blocks
 from moe_recipes.models.sharded_init import initialize_shards
 from moe_recipes.moe import EXPERTS, all_to_all
@@ -21,6 +22,7 @@ from moe_recipes.moe.recompute import checkpoint_contexts, route_once
 from moe_recipes.runtime.optimizations import Optimization, describe
 
 logger = logging.getLogger("moe_recipes.models")
+NO_EXPERTS = "the model has no experts behind Transformers' experts interface"
 
 
 def _layout(distributed_config: DistributedConfig | dict[str, Any] | None) -> DistributedConfig | None:
@@ -46,7 +48,9 @@ def _has_plain_weights(experts: nn.Module) -> bool:
     return all(weight.is_floating_point() and weight.element_size() > 1 for weight in experts.parameters())
 
 
-def _dispatch(layout: DistributedConfig | None) -> Optimization:
+def _dispatch(layout: DistributedConfig | None, *, has_experts: bool) -> Optimization:
+    if not has_experts:
+        return Optimization("expert dispatch", False, NO_EXPERTS)
     if layout is None or layout.ep_size == 1:
         return Optimization("expert dispatch", False, "ep_size is 1, every rank computes all experts")
     if layout.ep_implementation == all_to_all.NAME:
@@ -67,16 +71,14 @@ def _finish(
     for router in routers:
         route_once(router)
     if not blocks:
-        found = [
-            Optimization("fused experts", False, "the model has no experts behind Transformers' experts interface")
-        ]
+        found = [Optimization("fused experts", False, NO_EXPERTS)]
     elif not plain:
         found = [Optimization("fused experts", False, "the experts' weights are quantised")]
     elif used != EXPERTS:
         found = [Optimization("fused experts", False, f"experts_implementation is {used!r}")]
     else:
         found = [Optimization("fused experts", True, f"{len(blocks)} layers, grouped matrix products")]
-    found.append(_dispatch(layout))
+    found.append(_dispatch(layout, has_experts=bool(blocks)))
     found.append(
         Optimization(
             "router kept under recomputation",
@@ -91,7 +93,16 @@ def _finish(
 
 
 def enable_activation_checkpointing(model: PreTrainedModel) -> None:
-    """Recompute each decoder layer in the backward pass, without routing again."""
+    """Recompute each decoder layer in the backward pass, without routing again.
+
+    Raises:
+        RecipeError: the family has no recomputation in Transformers.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise RecipeError(
+            f"train.activation_checkpointing=full: {model.config.model_type!r} cannot recompute its layers in"
+            f" Transformers; set train.activation_checkpointing=none"
+        )
     config = model.config.get_text_config()
     drops = any(value for key, value in config.to_dict().items() if "dropout" in key and isinstance(value, float))
     model.activation_checkpointing_enable(
@@ -103,9 +114,10 @@ def enable_activation_checkpointing(model: PreTrainedModel) -> None:
 class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
     """``transformers.AutoModelForCausalLM`` with fast experts: same arguments, same classes back.
 
-    ``distributed_config=DistributedConfig(fsdp_size=..., ep_size=...)`` gives the layout; with its ``ep_implementation``
-    left at ``"auto"`` tokens travel through this package's dispatcher. ``experts_implementation`` left out means this
-    package's expert computation. A model without experts is returned as Transformers makes it.
+    ``distributed_config=DistributedConfig(fsdp_size=..., ep_size=...)`` gives the layout; with its
+    ``ep_implementation`` left at ``"auto"`` tokens travel through this package's dispatcher.
+    ``experts_implementation`` left out means this package's expert computation. A model without experts is returned
+    as Transformers makes it.
     """
 
     @classmethod

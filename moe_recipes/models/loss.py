@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from moe_recipes.config.errors import RecipeError
 from moe_recipes.kernels.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy
+from moe_recipes.moe.balance import load_balancing_loss
 from moe_recipes.runtime.optimizations import Optimization
 
 _PLAIN = {
@@ -65,21 +67,35 @@ def _forward_replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Iter
         del module.forward
 
 
-def install_loss(model: PreTrainedModel, *, fused: bool, chunk_tokens: int) -> Optimization:
+def _aux_loss(model: PreTrainedModel, outputs: object, *, wanted: bool) -> Tensor | None:
+    if not wanted:
+        return None
+    logits = getattr(outputs, "router_logits", None)
+    if not logits:
+        raise RecipeError(
+            f"train.router_aux_loss_coef: {type(model).__name__.removeprefix('FSDP')} gives no router logits; set it to 0"
+        )
+    return load_balancing_loss(logits, top_k=model.config.get_text_config().num_experts_per_tok)
+
+
+def install_loss(model: PreTrainedModel, *, fused: bool, chunk_tokens: int, aux_loss: bool = False) -> Optimization:
     """Make ``model(input_ids=, position_ids=, shift_labels=)`` return the summed cross-entropy, a float32 scalar.
 
-    ``shift_labels`` [B, S] int64 holds the label of the next token, -100 where there is none. ``remove_loss`` undoes it.
+    With ``aux_loss`` it returns that and the load-balancing loss of these tokens. ``shift_labels`` [B, S] int64 holds the
+    label of the next token, -100 where there is none. ``remove_loss`` undoes it.
     """
     reason = "kernels.loss is 'logits'" if not fused else why_not_fused(model)
     plain_forward = model.forward
+    options = {"use_cache": False, "output_router_logits": True} if aux_loss else {"use_cache": False}
 
-    def from_logits(*, input_ids: Tensor, shift_labels: Tensor, **inputs: Tensor) -> Tensor:
-        logits = plain_forward(input_ids=input_ids, use_cache=False, **inputs).logits.float()
-        labels = shift_labels.flatten()
-        return F.cross_entropy(logits.flatten(0, 1), labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    def from_logits(*, input_ids: Tensor, shift_labels: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+        outputs = plain_forward(input_ids=input_ids, **options, **inputs)
+        logits, labels = outputs.logits.float(), shift_labels.flatten()
+        loss = F.cross_entropy(logits.flatten(0, 1), labels, ignore_index=IGNORE_INDEX, reduction="sum")
+        return loss, _aux_loss(model, outputs, wanted=aux_loss)
 
-    def from_hidden(*, input_ids: Tensor, shift_labels: Tensor, **inputs: Tensor) -> Tensor:
-        hidden = model.base_model(input_ids=input_ids, use_cache=False, **inputs)[0]
+    def from_hidden(*, input_ids: Tensor, shift_labels: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+        outputs = model.base_model(input_ids=input_ids, **options, **inputs)
         head = model.get_output_embeddings()
 
         def head_forward(hidden_TD: Tensor) -> Tensor:
@@ -89,7 +105,8 @@ def install_loss(model: PreTrainedModel, *, fused: bool, chunk_tokens: int) -> O
 
         # Through the projection's own call, so that FSDP2 gathers its weight and reduces its gradient.
         with _forward_replaced(head, head_forward):
-            return head(hidden.flatten(0, 1).to(head.weight.dtype))
+            loss = head(outputs[0].flatten(0, 1).to(head.weight.dtype))
+        return loss, _aux_loss(model, outputs, wanted=aux_loss)
 
     model.forward = from_logits if reason else from_hidden  # type: ignore[method-assign]
     name = "fused linear cross-entropy"

@@ -63,15 +63,16 @@ class _ShardedDrawing(TorchFunctionMode):
             arguments = {key: value for key, value in kwargs.items() if key not in ("tensor", "generator")}
             _fill(target, name, self.seed, lambda v, g: func(v, *args[1:], generator=g, **arguments))
             return target
-        if name is not None and isinstance(target, DTensor) and getattr(func, "__module__", "") == "torch.nn.init":
+        if name is not None and getattr(func, "__module__", "") == "torch.nn.init":
             # Fan-in and the like depend on the whole shape: drawn whole, one parameter at a time.
-            whole = torch.empty(target.shape, dtype=torch.float32, device=target.to_local().device)
+            local = local_tensor(target)
+            whole = torch.empty(target.shape, dtype=torch.float32, device=local.device)
             torch.manual_seed(_seed(self.seed, name, 0))
             func(
                 whole, *args[1:], **{key: value for key, value in kwargs.items() if key not in ("tensor", "generator")}
             )
             rows = local_rows(target, rank=0)
-            target.to_local().copy_(whole[rows.start : rows.start + rows.count])
+            local.copy_(whole[rows.start : rows.start + rows.count])
             return target
         if isinstance(target, DTensor) and func is Tensor.copy_ and not isinstance(args[1], DTensor):
             rows = local_rows(target, rank=0)
@@ -98,14 +99,23 @@ def initialize_shards(model: PreTrainedModel, *, seed: int, device: torch.device
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     names.update({id(buffer): name for name, buffer in model.named_buffers()})
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _ShardedDrawing(names, seed):
-        _initialize_below(model, model, prefix="", seed=seed)
+        _initialize_below(model, model, prefix="", seed=seed, done=set())
 
 
-def _initialize_below(module: nn.Module, owner: PreTrainedModel, *, prefix: str, seed: int) -> None:
-    """Children first, each by the ``_init_weights`` of the nearest model above it, as Transformers does."""
+def _initialize_below(
+    module: nn.Module, owner: PreTrainedModel, *, prefix: str, seed: int, done: set[nn.Parameter]
+) -> None:
+    """Children first, each by the ``_init_weights`` of the nearest model above it, as Transformers does.
+
+    A tied output projection is left as its embedding was drawn: drawn again, the padding row would not be zero.
+    """
     if isinstance(module, PreTrainedModel):
         owner = module
     for name, child in module.named_children():
-        _initialize_below(child, owner, prefix=f"{prefix}{name}.", seed=seed)
+        _initialize_below(child, owner, prefix=f"{prefix}{name}.", seed=seed, done=done)
+    own = set(module.parameters(recurse=False))
+    if own and own <= done:
+        return
+    done |= own
     torch.manual_seed(_seed(seed, f"module {prefix}", 0))  # for values drawn on the side and copied in
     owner._init_weights(module)

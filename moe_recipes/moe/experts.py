@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
 from transformers.integrations.moe import _default_apply_gate
 
 from moe_recipes.kernels.rows import RowMap, make_row_map, sum_rows, take_rows
@@ -64,10 +63,10 @@ def _activate(experts: nn.Module, hidden_NF: Tensor) -> Tensor:
     """The module's own activation, through the fused kernel where it is ``silu(gate) * up`` over halves."""
     if not experts.has_gate:
         return experts.act_fn(hidden_NF)
+    if not experts.is_concatenated or type(experts)._apply_gate is not _default_apply_gate:
+        return experts._apply_gate(hidden_NF)  # a family with a gate of its own need not have an act_fn
     silu = isinstance(experts.act_fn, nn.SiLU) or type(experts.act_fn).__name__ == "SiLUActivation"
-    if silu and experts.is_concatenated and type(experts)._apply_gate is _default_apply_gate:
-        return swiglu(hidden_NF)
-    return experts._apply_gate(hidden_NF)
+    return swiglu(hidden_NF) if silu else experts._apply_gate(hidden_NF)
 
 
 def expert_mlp(experts: nn.Module, x_ND: Tensor, order: ExpertOrder) -> Tensor:

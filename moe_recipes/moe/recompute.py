@@ -99,9 +99,12 @@ def _route(router_forward: Callable[..., Any], hidden: Tensor, *args: Any, **kwa
             for value in kept.values[call]
         )
 
+    # The graph holds both hooks for as long as it holds a saved tensor, so they must not hold ``hidden`` themselves.
+    identity = (hidden.data_ptr(), hidden.numel(), hidden.dtype) if hidden.is_contiguous() else None
+
     def pack(saved: Tensor) -> Tensor | _RouterInput:
-        same = saved.data_ptr() == hidden.data_ptr() and saved.numel() == hidden.numel() and saved.dtype == hidden.dtype
-        return _RouterInput(saved.shape) if same and saved.is_contiguous() and hidden.is_contiguous() else saved
+        same = saved.is_contiguous() and (saved.data_ptr(), saved.numel(), saved.dtype) == identity
+        return _RouterInput(saved.shape) if same else saved
 
     def unpack(saved: Tensor | _RouterInput) -> Tensor:
         return kept.router_inputs[call].reshape(saved.shape) if isinstance(saved, _RouterInput) else saved

@@ -66,7 +66,7 @@ def local_rows(tensor: torch.Tensor, *, rank: int) -> Rows:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free what FSDP2 keeps gathered after a forward pass without a backward pass, so that parameters are shards again."""
+    """Free what FSDP2 keeps gathered after a forward pass without a backward pass: parameters are shards again."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

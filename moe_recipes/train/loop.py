@@ -35,14 +35,17 @@ class StepStats:
     loss: float
     """Mean over the step's label tokens."""
 
+    aux_loss: float
+    """Mean load-balancing loss of ranks and microbatches, before its coefficient; 0 without one."""
+
     grad_norm: float
     lr: float
     num_label_tokens: int
     num_tokens: int
 
 
-def batch_loss(run: Run, batch: Batch) -> Tensor:
-    """Summed loss of one microbatch on this rank, float32 scalar."""
+def batch_loss(run: Run, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """Summed loss of one microbatch on this rank, and its load-balancing loss if there is one: float32 scalars."""
     device = run.world.device
     # Without packing the positions are 0, 1, 2 ...: left out, attention takes its plain causal kernel.
     packed = run.recipe.data.format != "random_tokens"
@@ -54,14 +57,20 @@ def batch_loss(run: Run, batch: Batch) -> Tensor:
     )
 
 
-def forward_backward(run: Run, batches: list[Batch], *, num_label_tokens: float) -> Tensor:
-    """Gradients of all microbatches; returns this rank's share of the mean loss, a float32 scalar on the device."""
-    loss = torch.zeros((), device=run.world.device)
+def forward_backward(run: Run, batches: list[Batch], *, num_label_tokens: float) -> tuple[Tensor, Tensor]:
+    """Gradients of all microbatches; returns this rank's shares of the mean loss and of the load-balancing loss."""
+    loss, aux = torch.zeros(2, device=run.world.device).unbind()
     for batch in batches:
-        microbatch_loss = batch_loss(run, batch) / max(1.0, num_label_tokens)
-        (microbatch_loss * run.dp_size).backward()  # undoes FSDP's average over dp_size
-        loss += microbatch_loss.detach()
-    return loss
+        loss_sum, aux_loss = batch_loss(run, batch)
+        share = loss_sum / max(1.0, num_label_tokens)
+        target = share * run.dp_size  # undoes FSDP's average over dp_size
+        loss += share.detach()
+        if aux_loss is not None:
+            # A mean over ranks and microbatches, as gradients are: no factor dp_size.
+            target = target + run.recipe.train.router_aux_loss_coef * aux_loss / len(batches)
+            aux += aux_loss.detach() / (len(batches) * run.dp_size)
+        target.backward()
+    return loss, aux
 
 
 def train_step(run: Run, batches: list[Batch]) -> StepStats:
@@ -71,9 +80,9 @@ def train_step(run: Run, batches: list[Batch]) -> StepStats:
         NotFiniteError: on all ranks, before any weight has changed.
     """
     labels, tokens = sum_over_ranks(sum(b.num_label_tokens for b in batches), sum(b.num_tokens for b in batches))
-    loss = forward_backward(run, batches, num_label_tokens=labels)
+    shares = forward_backward(run, batches, num_label_tokens=labels)
     norm = run.clip()
-    loss_sum = sum_over_ranks(loss.item())[0]
+    loss_sum, aux_loss = sum_over_ranks(*torch.stack(shares).tolist())
     grad_norm = norm.item()
     if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
         rows = [row for batch in batches for row in batch.row_ids]
@@ -88,7 +97,14 @@ def train_step(run: Run, batches: list[Batch]) -> StepStats:
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
-    return StepStats(loss=loss_sum, grad_norm=grad_norm, lr=lr, num_label_tokens=int(labels), num_tokens=int(tokens))
+    return StepStats(
+        loss=loss_sum,
+        aux_loss=aux_loss,
+        grad_norm=grad_norm,
+        lr=lr,
+        num_label_tokens=int(labels),
+        num_tokens=int(tokens),
+    )
 
 
 @torch.no_grad()
@@ -98,7 +114,7 @@ def validate(run: Run) -> float:
     run.model.eval()
     loss, labels = 0.0, 0
     for batch in run.validation.step(0):
-        loss += float(batch_loss(run, batch))
+        loss += float(batch_loss(run, batch)[0])
         labels += batch.num_label_tokens
     run.model.train()
     reshard(run.model)
@@ -151,6 +167,8 @@ class Reporter:
             "dropped_tokens": 0,
             "gpu": run.world.device.type == "cuda",
         }
+        if recipe.train.router_aux_loss_coef:
+            record["aux_loss"] = stats.aux_loss
         if run.load is not None:
             counts = run.load.collect()
             record["max_violation"] = max_violation(counts)

@@ -37,6 +37,7 @@ def save(run: Run) -> None:
         prune_checkpoints(run.folder.ckpt, keep_last=run.recipe.checkpoint.keep_last)
         seconds = time.perf_counter() - start
         run.folder.append_event("checkpoint", step=run.step, path=str(path), seconds=round(seconds, 3))
+        run.folder.write_status("running", step=run.step, last_durable_step=run.step)
         logger.info("saved %s in %.1f s", path, seconds)
 
 

@@ -165,7 +165,12 @@ def setup(recipe: Recipe, folder: RunFolder, world: World) -> Run:
         )
     )
     found.append(
-        install_loss(model, fused=recipe.kernels.loss == "fused", chunk_tokens=recipe.kernels.loss_chunk_tokens)
+        install_loss(
+            model,
+            fused=recipe.kernels.loss == "fused",
+            chunk_tokens=recipe.kernels.loss_chunk_tokens,
+            aux_loss=recipe.train.router_aux_loss_coef > 0,
+        )
     )
     packing = recipe.data.packing and recipe.data.format != "random_tokens"
     found.append(Optimization("packing", packing, "documents share rows" if packing else "one document a row"))

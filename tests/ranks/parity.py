@@ -32,7 +32,7 @@ from tests.tiny_models import tiny_config
 SEQ_LEN = 32
 NUM_ROWS = 16
 NUM_MICROBATCHES = 2
-UNPACKED = ("nemotron_h",)
+UNPACKED = ("nemotron_h", "gpt_oss")
 """Families whose rows hold one document each here."""
 
 LR, EPS, DECAY, BETAS = 1e-2, 1e-3, 0.1, (0.9, 0.95)
@@ -75,13 +75,17 @@ def boost(model: nn.Module, *, seed: int = 0) -> None:
 
 
 def starve(model: nn.Module) -> None:
-    """Make every token of a Qwen3-MoE model pick experts 0 and 1: hidden dimension 0 is large and only they like it."""
+    """Make every token of a Qwen3-MoE model pick experts 0 and 1: only they like hidden dimension 0, which is large."""
     with torch.no_grad():
-        model.model.embed_tokens.weight[:, 0] = 20.0
-        for layer in model.model.layers:
-            layer.post_attention_layernorm.weight[0] = 1.0
-            layer.mlp.gate.weight[:, 0] = -3.0
-            layer.mlp.gate.weight[:2, 0] = 3.0
+        model.model.embed_tokens.weight[:, 0] = 6.0
+        for layer, weight in zip(model.model.layers, (1.0, 4.0), strict=True):
+            layer.self_attn.o_proj.weight[0] = 0.0  # nothing is added to that dimension on its way
+            layer.mlp.experts.down_proj[:, 0] = 0.0
+            layer.mlp.experts.down_proj.mul_(0.1)
+            layer.post_attention_layernorm.weight[0] = weight
+            layer.mlp.gate.weight.mul_(0.5)
+            layer.mlp.gate.weight[:, 0] = -1.0
+            layer.mlp.gate.weight[:2, 0] = 1.0
 
 
 def save_weights(family: str, folder: Path) -> None:
@@ -214,9 +218,7 @@ def build_run(
         model=Model(
             source=str(weights), dtype="float32", attn_implementation="eager" if config_type == "gpt_oss" else "sdpa"
         ),
-        parallel=Parallel(
-            fsdp_size=ranks // dp_replicate_size, ep_size=ep_size, dp_replicate_size=dp_replicate_size
-        ),
+        parallel=Parallel(fsdp_size=ranks // dp_replicate_size, ep_size=ep_size, dp_replicate_size=dp_replicate_size),
         data=Data(seq_len=SEQ_LEN, format="random_tokens"),
         optim=Optim(lr=LR, eps=EPS, betas=BETAS, weight_decay=DECAY, schedule="constant", max_grad_norm=CLIP),
         train=Train(
@@ -258,7 +260,5 @@ def worst(values: dict[str, Tensor], references: dict[str, Tensor]) -> tuple[flo
     for name, reference in references.items():
         errors.append((relative_error(values[name], reference), name))
         if ".experts." in name:
-            errors += [
-                (relative_error(values[name][e], reference[e]), f"{name}[{e}]") for e in range(len(reference))
-            ]
+            errors += [(relative_error(values[name][e], reference[e]), f"{name}[{e}]") for e in range(len(reference))]
     return max(errors)

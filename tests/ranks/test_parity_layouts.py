@@ -126,7 +126,13 @@ def test_qwen3_moe_step(references, num_ranks, ep_size, dp_replicate_size, check
         *(
             slow(family, ranks, ep, checkpointing)
             for family in FAMILIES[1:]
-            for ranks, ep, checkpointing in [(1, 1, "none"), (2, 1, "full"), (4, 2, "none"), (4, 4, "full"), (8, 4, "full")]
+            for ranks, ep, checkpointing in [
+                (1, 1, "none"),
+                (2, 1, "full"),
+                (4, 2, "none"),
+                (4, 4, "full"),
+                (8, 4, "full"),
+            ]
         ),
     ],
 )

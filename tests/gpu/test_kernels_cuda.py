@@ -1,0 +1,105 @@
+"""Triton kernels against their torch references, on the GPU. ``make test-gpu`` runs them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moe_recipes.kernels import rows as row_kernels
+from moe_recipes.kernels.linear_cross_entropy import (
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+    softmax_loss,
+    softmax_loss_reference,
+)
+from moe_recipes.kernels.swiglu import swiglu, swiglu_reference
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+SHAPES = [(7, 3, 48), (33, 8, 1500), (4096, 8, 2048)]
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """One rounding of the result, against a float64 reference."""
+    return 1e-6 if dtype == torch.float32 else 4e-3
+
+
+def some_rows(tokens: int, slots: int) -> row_kernels.RowMap:
+    """About 70 % of the slots, in random order."""
+    slot = torch.nonzero(torch.rand(tokens * slots, device="cuda") < 0.7).flatten()
+    slot = slot[torch.randperm(len(slot), device="cuda")]
+    return row_kernels.make_row_map(slot, num_tokens=tokens, num_slots=slots)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "slots", "columns"), SHAPES)
+def test_rows_equal_reference(tokens, slots, columns, dtype):
+    rows = some_rows(tokens, slots)
+    x = torch.randn(tokens, columns, device="cuda", dtype=dtype, requires_grad=True)
+    weight = torch.rand(tokens, slots, device="cuda", dtype=dtype, requires_grad=True)
+    out = row_kernels.sum_rows(row_kernels.take_rows(x, rows) * 2, rows, weight_TJ=weight)
+    grad = torch.randn_like(out)
+    got = torch.autograd.grad(out, (x, weight), grad)
+
+    x64, weight64 = (t.detach().double().requires_grad_() for t in (x, weight))
+    y64 = x64[rows.token_N] * 2
+    flat = (y64 * weight64.reshape(-1)[rows.slot_N, None]).to(torch.float64)
+    expected = torch.zeros(tokens, columns, device="cuda", dtype=torch.float64).index_add(0, rows.token_N, flat)
+    wanted = torch.autograd.grad(expected, (x64, weight64), grad.double())
+    assert relative(out, expected) < tolerance(dtype)
+    assert relative(got[0], wanted[0]) < 2 * tolerance(dtype)
+    assert relative(got[1], wanted[1]) < 2 * tolerance(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [48, 768, 1536])
+def test_swiglu_equals_reference(width, dtype):
+    gate_up = torch.randn(1000, 2 * width, device="cuda", dtype=dtype, requires_grad=True)
+    out = swiglu(gate_up)
+    grad = torch.randn_like(out)
+    wide = gate_up.detach().double().requires_grad_()
+    expected = swiglu_reference(wide)
+    assert relative(out, expected) < tolerance(dtype)
+    got, wanted = torch.autograd.grad(out, gate_up, grad), torch.autograd.grad(expected, wide, grad.double())
+    assert relative(got[0], wanted[0]) < tolerance(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("words", [1000, 151936])
+def test_softmax_loss_equals_reference(words, dtype):
+    logits = torch.randn(64, words, device="cuda", dtype=dtype) * 4
+    labels = torch.randint(0, words, (64,), device="cuda")
+    labels[::5] = -100
+    expected_loss, expected_grad = softmax_loss_reference(logits.double(), labels)
+    loss, grad = softmax_loss(logits.clone(), labels)
+    assert relative(loss, expected_loss) < 1e-5
+    assert relative(grad, expected_grad) < tolerance(dtype)
+    assert torch.equal(loss[::5], torch.zeros_like(loss[::5]))
+    assert torch.equal(grad[::5], torch.zeros_like(grad[::5]))
+
+
+def test_linear_cross_entropy_equals_reference():
+    hidden = torch.randn(1000, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = (torch.randn(5000, 256, device="cuda") / 8).to(torch.bfloat16).requires_grad_()
+    labels = torch.randint(0, 5000, (1000,), device="cuda")
+    labels[:300] = -100
+    loss = linear_cross_entropy(hidden, weight, labels, chunk_tokens=300)
+    wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    expected = linear_cross_entropy_reference(*wide, labels)
+    assert relative(loss, expected) < 1e-3
+    got, wanted = torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(expected, wide)
+    assert relative(got[0], wanted[0]) < 1e-2
+    assert relative(got[1], wanted[1]) < 1e-2
+
+
+def test_sums_are_repeatable_bit_for_bit():
+    rows = some_rows(2000, 8)
+    y = torch.randn(len(rows.slot_N), 2048, device="cuda", dtype=torch.bfloat16)
+    weight = torch.rand(2000, 8, device="cuda", dtype=torch.bfloat16)
+    first = row_kernels.sum_rows(y, rows, weight_TJ=weight)
+    for _ in range(5):
+        assert torch.equal(first, row_kernels.sum_rows(y, rows, weight_TJ=weight))
