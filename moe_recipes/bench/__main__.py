@@ -97,7 +97,9 @@ def main() -> int:
                 shape = {"ep_size": at.parallel.ep_size, "micro_batch_size": at.train.micro_batch_size}
                 results.append({**result, **shape})
                 print(table(results[-1:]), flush=True)
-                manifest = make_manifest(recipe_to_dict(recipe))
+                command = ["python", "-m", "moe_recipes.bench", *sys.argv[1:]]
+                command[command.index(str(arguments.out))] = arguments.out.name
+                manifest = {**make_manifest(recipe_to_dict(recipe)), "command": command}
                 card = {"gpus": gpus(), "steps": arguments.steps, "warmup": arguments.warmup, "results": results}
                 write_json(arguments.out, {**card, "manifest": manifest})
     print(table(results))

@@ -26,7 +26,7 @@ from moe_recipes.config.recipe import Recipe
 from moe_recipes.config.resolve import recipe_from_dict
 from moe_recipes.config.run_folder import RunFolder
 from moe_recipes.data.loader import Batch, Batches, RandomRows
-from moe_recipes.models.auto import AutoModelForCausalLM
+from moe_recipes.models.auto import draw_plain_model
 from moe_recipes.models.blocks import moe_blocks
 from moe_recipes.models.build import layout, load_config, read_source
 from moe_recipes.runtime.world import World, barrier, join_world, max_over_ranks
@@ -77,13 +77,13 @@ def plain_transformers(recipe: Recipe, world: World, *, balanced: bool) -> tuple
     distributed = layout(recipe)
     distributed.ep_implementation = "all_to_all"
     distributed.fsdp_mixed_precision = False
-    model = AutoModelForCausalLM.from_config(
+    model = draw_plain_model(
         load_config(source, Path(tempfile.mkdtemp(prefix="moe-recipes-bench-"))),
+        distributed,
+        seed=recipe.train.seed,
         dtype=getattr(torch, recipe.model.dtype),
         attn_implementation=recipe.model.attn_implementation,
         experts_implementation="grouped_mm",
-        distributed_config=distributed,
-        seed=recipe.train.seed,
     )
     model.train()
     if recipe.train.activation_checkpointing == "full":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 from typing import Any
@@ -16,6 +17,8 @@ from transformers.distributed import DistributedConfig
 
 from moe_recipes.config.errors import RecipeError
 from moe_recipes.models.blocks import moe_blocks
+from moe_recipes.models.disk_keys import accept_disk_keys
+from moe_recipes.models.fused_norms import fuse_norms
 from moe_recipes.models.sharded_init import initialize_shards
 from moe_recipes.moe import EXPERTS, all_to_all
 from moe_recipes.moe.recompute import checkpoint_contexts, route_once
@@ -37,9 +40,13 @@ def _layout(distributed_config: DistributedConfig | dict[str, Any] | None) -> Di
 
 
 def _requested_experts(argument: str | dict[str, str] | None, config: Any) -> str | dict[str, str] | None:
-    """The caller's choice of expert computation, from the argument, else from the config; None where it is open."""
+    """The caller's choice of expert computation, from the argument, else from the config; None where it is open.
+
+    Transformers writes its default into the config of every model that it builds, so the default says nothing.
+    """
     if argument is None and isinstance(config, PreTrainedConfig):
-        return config.get_text_config()._experts_implementation
+        found = config.get_text_config()._experts_implementation
+        return None if found == "grouped_mm" else found
     return argument
 
 
@@ -70,6 +77,8 @@ def _finish(
     routers = [block.router for block in blocks if block.router is not None]
     for router in routers:
         route_once(router)
+    if blocks:
+        accept_disk_keys(model)
     if not blocks:
         found = [Optimization("fused experts", False, NO_EXPERTS)]
     elif not plain:
@@ -78,6 +87,7 @@ def _finish(
         found = [Optimization("fused experts", False, f"experts_implementation is {used!r}")]
     else:
         found = [Optimization("fused experts", True, f"{len(blocks)} layers, grouped matrix products")]
+    found.append(fuse_norms(model))
     found.append(_dispatch(layout, has_experts=bool(blocks)))
     found.append(
         Optimization(
@@ -153,17 +163,26 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         """
         layout = _layout(distributed_config)
         experts = _requested_experts(kwargs.get("experts_implementation"), config)
+        config = copy.deepcopy(config)  # a plain model that is made of the caller's config must stay plain
         if layout is None:
             return _finish(super().from_config(config, **kwargs), experts=experts, layout=None)
-        with torch.device("meta"), hf_init.meta_device_safe_creation_ops():
-            model = super().from_config(config, **kwargs)
-        _keep_fp32(model)
-        layout, device, mesh = type(model).prepare_distribute_model(layout)
-        if mesh is None:
-            device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
-        model = type(model).maybe_distribute_model(model, layout, mesh)
-        initialize_shards(model, seed=_agreed_seed(seed), device=torch.device(device))
+        model = draw_plain_model(config, layout, seed=_agreed_seed(seed), **kwargs)
         return _finish(model, experts=experts, layout=layout)
+
+
+def draw_plain_model(
+    config: PreTrainedConfig, layout: DistributedConfig, *, seed: int, **kwargs: Any
+) -> PreTrainedModel:
+    """Transformers' model of this config with random weights, distributed; nothing of this package in its forward."""
+    with torch.device("meta"), hf_init.meta_device_safe_creation_ops():
+        model = transformers.AutoModelForCausalLM.from_config(config, **kwargs)
+    _keep_fp32(model)
+    layout, device, mesh = type(model).prepare_distribute_model(layout)
+    if mesh is None:
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+    model = type(model).maybe_distribute_model(model, layout, mesh)
+    initialize_shards(model, seed=seed, device=torch.device(device))
+    return model
 
 
 def _agreed_seed(seed: int | None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,11 +128,27 @@ def build_model(recipe: Recipe, source: Source, *, scratch: Path) -> PreTrainedM
     }
     if recipe.kernels.experts != "moe_recipes":
         options["experts_implementation"] = recipe.kernels.experts
-    if recipe.model.weights == "random":
-        return AutoModelForCausalLM.from_config(config, seed=recipe.train.seed, **options)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(source.folder, **options)
+    try:
+        if recipe.model.weights == "random":
+            return AutoModelForCausalLM.from_config(config, seed=recipe.train.seed, **options)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = AutoModelForCausalLM.from_pretrained(source.folder, **options)
+    except (ValueError, ImportError) as error:
+        raise _refused_choice(recipe, error) or error from None
     return model if recipe.parallel.num_ranks > 1 else model.to(device)
+
+
+def _refused_choice(recipe: Recipe, error: Exception) -> RecipeError | None:
+    """Transformers' refusal of a backend that the recipe names, as the recipe's error; None for any other error."""
+    reason = str(error).strip().split(". ")[0].splitlines()[0]
+    attention = recipe.model.attn_implementation
+    if re.search(r"attn_implementation|attention implementation|flash.?attention", str(error), re.IGNORECASE):
+        return RecipeError(
+            f"model.attn_implementation={attention}: {reason}; set sdpa, or eager, which every model has"
+        )
+    if "experts implementation" in str(error) or "experts_implementation" in str(error):
+        return RecipeError(f"kernels.experts={recipe.kernels.experts}: {reason}; set kernels.experts: moe_recipes")
+    return None
 
 
 def load_tokenizer(recipe: Recipe, source: Source) -> PreTrainedTokenizerBase | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors import safe_open
 
 from moe_recipes.config.errors import MissingInputError, MoeRecipesError, NotFiniteError
 
@@ -24,24 +24,35 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.06}
 QUESTION = "What does json.dumps do?"
 
 
-def compare_logits(run_dir: Path, model: transformers.PreTrainedModel) -> float:
+def read_probe(run_dir: Path) -> tuple[dict[str, torch.Tensor], torch.dtype]:
+    """The trainer's tokens and logits, and the dtype that it computed in.
+
+    Raises:
+        MissingInputError: the run left none, or no export.
+    """
+    path = run_dir / "export_probe.safetensors"
+    if not path.is_file() or not (run_dir / "export").is_dir():
+        raise MissingInputError(f"{run_dir}: no finished export; export the run with `moe-recipes export {run_dir}`")
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in ("input_ids", "logits")}
+        return tensors, getattr(torch, file.metadata()["dtype"])
+
+
+def compare_logits(
+    run_dir: Path, model: transformers.PreTrainedModel, probe: dict[str, torch.Tensor], dtype: torch.dtype
+) -> float:
     """Largest difference to the trainer's logits over the largest logit.
 
     Raises:
-        MissingInputError: the run left no probe.
         NotFiniteError: the difference is beyond the dtype's tolerance.
     """
-    path = run_dir / "export_probe.safetensors"
-    if not path.is_file():
-        raise MissingInputError(f"{path}: not there; export the run with `moe-recipes export {run_dir}`")
-    probe = load_file(path)
     with torch.no_grad():
         logits = model(input_ids=probe["input_ids"].to(model.device)).logits.float().cpu()
     difference = float((logits - probe["logits"]).abs().max() / probe["logits"].abs().max())
-    if not difference <= TOLERANCE[model.dtype]:
+    if not difference <= TOLERANCE[dtype]:
         raise NotFiniteError(
             f"{run_dir / 'export'}: logits differ from the trained model's by {difference:.1e} of the largest;"
-            f" allowed: {TOLERANCE[model.dtype]:.0e} in {model.dtype}"
+            f" allowed: {TOLERANCE[dtype]:.0e} in {dtype}"
         )
     return difference
 
@@ -63,12 +74,9 @@ def main() -> int:
     run_dir: Path = parser.parse_args().run_dir
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     try:
-        if not (run_dir / "export").is_dir():
-            raise MissingInputError(
-                f"{run_dir / 'export'}: not there; export the run with `moe-recipes export {run_dir}`"
-            )
-        model = transformers.AutoModelForCausalLM.from_pretrained(run_dir / "export", dtype="auto")
-        difference = compare_logits(run_dir, model)
+        probe, dtype = read_probe(run_dir)
+        model = transformers.AutoModelForCausalLM.from_pretrained(run_dir / "export", dtype=dtype)
+        difference = compare_logits(run_dir, model, probe, dtype)
         logger.info("export: loads in plain Transformers; logits differ by %.1e of the largest", difference)
         if (run_dir / "export" / "tokenizer.json").is_file():
             logger.info("export: %s -> %s", QUESTION, generate_line(run_dir / "export", model, QUESTION))

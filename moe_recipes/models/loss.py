@@ -73,7 +73,8 @@ def _aux_loss(model: PreTrainedModel, outputs: object, *, wanted: bool) -> Tenso
     logits = getattr(outputs, "router_logits", None)
     if not logits:
         raise RecipeError(
-            f"train.router_aux_loss_coef: {type(model).__name__.removeprefix('FSDP')} gives no router logits; set it to 0"
+            f"train.router_aux_loss_coef: {type(model).__name__.removeprefix('FSDP')} gives no router logits;"
+            " set it to 0"
         )
     return load_balancing_loss(logits, top_k=model.config.get_text_config().num_experts_per_tok)
 
@@ -81,8 +82,8 @@ def _aux_loss(model: PreTrainedModel, outputs: object, *, wanted: bool) -> Tenso
 def install_loss(model: PreTrainedModel, *, fused: bool, chunk_tokens: int, aux_loss: bool = False) -> Optimization:
     """Make ``model(input_ids=, position_ids=, shift_labels=)`` return the summed cross-entropy, a float32 scalar.
 
-    With ``aux_loss`` it returns that and the load-balancing loss of these tokens. ``shift_labels`` [B, S] int64 holds the
-    label of the next token, -100 where there is none. ``remove_loss`` undoes it.
+    With ``aux_loss`` it returns that and the load-balancing loss of these tokens. ``shift_labels`` [B, S] int64 holds
+    the label of the next token, -100 where there is none. ``remove_loss`` undoes it.
     """
     reason = "kernels.loss is 'logits'" if not fused else why_not_fused(model)
     plain_forward = model.forward

@@ -77,8 +77,8 @@ def make_plan(top_k_index_TK: Tensor, *, num_local_experts: int, group: dist.Pro
     num_ranks, (num_tokens, top_k) = dist.get_world_size(group), top_k_index_TK.shape
     device = top_k_index_TK.device
     rank_TK = top_k_index_TK // num_local_experts
-    slots_PT = torch.zeros(num_ranks, num_tokens, dtype=torch.int64, device=device)
-    slots_PT.scatter_add_(0, rank_TK.T, torch.ones_like(rank_TK.T))  # experts of rank p that token t picked
+    ranks_P11 = torch.arange(num_ranks, device=device)[:, None, None]
+    slots_PT = (rank_TK == ranks_P11).sum(dim=2)  # experts of rank p that token t picked
     goes_PT = slots_PT > 0
     counts_P2 = torch.stack([goes_PT.sum(1), slots_PT.sum(1)], dim=1)
     received_P2 = torch.empty_like(counts_P2)

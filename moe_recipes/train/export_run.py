@@ -67,7 +67,8 @@ def write_probe(run: Run) -> None:
     reshard(run.model)
     _refuse(run, int(not logits.isfinite().all()), "the trained model's logits")
     if run.world.is_main:
-        save_file({"input_ids": ids, "logits": logits.float().cpu().contiguous()}, run.folder.path / PROBE)
+        tensors = {"input_ids": ids, "logits": logits.float().cpu().contiguous()}
+        save_file(tensors, run.folder.path / PROBE, metadata={"dtype": run.recipe.model.dtype})
 
 
 def export_run(run: Run) -> None:

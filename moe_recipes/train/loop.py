@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_recipes.config.errors import NotFiniteError, StoppedError
 from moe_recipes.data.loader import Batch
 from moe_recipes.moe.expert_load import max_violation
-from moe_recipes.plan.flops import peak_flops, train_flops_per_token
+from moe_recipes.plan.flops import FORMULA, peak_flops, train_flops_per_token
 from moe_recipes.runtime.sharding import reshard
 from moe_recipes.runtime.stop import StopFlag, switch_is_on
 from moe_recipes.runtime.world import barrier, max_over_ranks, sum_over_ranks
@@ -141,6 +141,9 @@ class Reporter:
                 name=recipe.name,
                 config={"device": name, "flops_per_token": self.flops},
             )
+            run.folder.update_manifest(
+                device=name, mfu={"formula": FORMULA, "flops_per_token": self.flops, "peak_flops": self.peak}
+            )
 
     def report(self, stats: StepStats, *, step_s: float, data_wait_s: float) -> None:
         """Log one step on the screen, in metrics.jsonl and to W&B."""
@@ -227,6 +230,8 @@ def train(run: Run, stop: StopFlag) -> str:
                 save(run)
                 if run.world.is_main and asked_to_save:
                     run.folder.save_file.unlink(missing_ok=True)
+                if run.world.is_main and stopped:
+                    run.folder.stop_file.unlink(missing_ok=True)  # done as asked: the next start trains on
             if run.step < last_step and (signalled or stopped):
                 reporter.close()
                 if signalled:

@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_recipes.checkpoint.entry import Entry
+from moe_recipes.config.errors import RecipeError
 from moe_recipes.config.recipe import Recipe
 from moe_recipes.config.run_folder import RunFolder
 from moe_recipes.data.loader import Batches
@@ -25,6 +26,7 @@ from moe_recipes.models.auto import enable_activation_checkpointing
 from moe_recipes.models.blocks import moe_blocks
 from moe_recipes.models.build import Source, build_model, load_tokenizer, read_source, tokenizer_hash
 from moe_recipes.models.loss import install_loss
+from moe_recipes.models.packing import why_not_packed
 from moe_recipes.moe.expert_load import ExpertLoad
 from moe_recipes.runtime.optimizations import Optimization, describe
 from moe_recipes.runtime.sharding import local_rows, local_tensor
@@ -173,6 +175,8 @@ def setup(recipe: Recipe, folder: RunFolder, world: World) -> Run:
         )
     )
     packing = recipe.data.packing and recipe.data.format != "random_tokens"
+    if packing and (leak := why_not_packed(model)):
+        raise RecipeError(f"data.packing=true: {leak}; set data.packing: false")
     found.append(Optimization("packing", packing, "documents share rows" if packing else "one document a row"))
     found.append(Optimization("FSDP2", world.size > 1, f"{world.size} ranks"))
     if world.is_main:

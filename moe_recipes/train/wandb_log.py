@@ -57,8 +57,9 @@ class WandbLog:
             logger.warning("wandb stopped (%s); metrics.jsonl has everything", error)
 
     def log(self, step: int, record: dict[str, Any]) -> None:
+        """Queue one record of metrics.jsonl. Costs no waiting."""
         if self.thread is not None and self.thread.is_alive():
-            self.records.put((step, {key: value for key, value in record.items() if isinstance(value, int | float)}))
+            self.records.put((step, flat_numbers(record)))
 
     def close(self) -> None:
         """Wait a bounded time for the rest to be written."""
@@ -67,3 +68,12 @@ class WandbLog:
             self.thread.join(CLOSE_TIMEOUT_S)
             if self.thread.is_alive():
                 logger.warning("wandb did not finish in %.0f s; metrics.jsonl has everything", CLOSE_TIMEOUT_S)
+
+
+def flat_numbers(record: dict[str, Any]) -> dict[str, int | float]:
+    """The record's numbers by flat names: an expert's tokens become ``expert_load/layer_03/expert_017``."""
+    flat = {key: value for key, value in record.items() if isinstance(value, int | float)}
+    for layer, counts in record.get("expert_load", {}).items():
+        for expert, count in enumerate(counts):
+            flat[f"expert_load/layer_{int(layer):02d}/expert_{expert:03d}"] = count
+    return flat

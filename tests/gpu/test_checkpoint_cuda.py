@@ -9,7 +9,7 @@ from moe_recipes.checkpoint.store import Entry, load_checkpoint, save_checkpoint
 from moe_recipes.runtime import safetensors_file
 from moe_recipes.runtime.sharding import Rows
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 
 def entries(fill) -> dict[str, Entry]:

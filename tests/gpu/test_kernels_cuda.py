@@ -12,6 +12,7 @@ from moe_recipes.kernels.linear_cross_entropy import (
     softmax_loss,
     softmax_loss_reference,
 )
+from moe_recipes.kernels.rms_norm import rms_norm, rms_norm_reference
 from moe_recipes.kernels.swiglu import swiglu, swiglu_reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -103,3 +104,19 @@ def test_sums_are_repeatable_bit_for_bit():
     first = row_kernels.sum_rows(y, rows, weight_TJ=weight)
     for _ in range(5):
         assert torch.equal(first, row_kernels.sum_rows(y, rows, weight_TJ=weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(37, 48), (4096, 32, 128), (4096, 2048), (3, 8192)])
+def test_rms_norm_equals_reference(shape, dtype):
+    x = torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True)
+    weight = (1 + torch.randn(shape[-1], device="cuda") / 10).to(dtype).requires_grad_()
+    out = rms_norm(x, weight, 1e-6)
+    grad = torch.randn_like(out)
+    wide = [t.detach().double().requires_grad_() for t in (x, weight)]
+    expected = rms_norm_reference(*wide, 1e-6)
+    got, wanted = torch.autograd.grad(out, (x, weight), grad), torch.autograd.grad(expected, wide, grad.double())
+    # Normalised values are rounded before the weight, as in Transformers: two roundings.
+    assert relative(out, expected) < 2 * tolerance(dtype)
+    assert relative(got[0], wanted[0]) < 2 * tolerance(dtype)
+    assert relative(got[1], wanted[1]) < 2 * tolerance(dtype)

@@ -35,6 +35,9 @@ NUM_MICROBATCHES = 2
 UNPACKED = ("nemotron_h", "gpt_oss")
 """Families whose rows hold one document each here."""
 
+EAGER_ATTENTION = ("gpt_oss", "gemma2")
+"""Families for which Transformers has no scaled_dot_product_attention."""
+
 LR, EPS, DECAY, BETAS = 1e-2, 1e-3, 0.1, (0.9, 0.95)
 """Adam's first step is g / (|g| + eps): a small eps would turn the rounding noise of a near-zero gradient into a whole
 step. With this one the step is a smooth function of the gradient."""
@@ -207,16 +210,18 @@ def rank_batches(family: str) -> list[Batch]:
 
 
 def build_run(
-    weights: Path, *, ep_size: int = 1, dp_replicate_size: int = 1, checkpointing: str = "none", **kernels: Any
+    weights: Path, *, ep_size: int = 1, dp_replicate_size: int = 1, checkpointing: str = "none", **train: Any
 ) -> Run:
-    """The trainer's own set-up on these ranks, for handmade batches."""
+    """The trainer's own set-up on these ranks, for handmade batches. ``train`` adds to that section of the recipe."""
     ranks = dist.get_world_size()
     folder = RunFolder(tempfile.mkdtemp())
     config_type = transformers.AutoConfig.from_pretrained(weights).model_type
     recipe = Recipe(
         name="parity",
         model=Model(
-            source=str(weights), dtype="float32", attn_implementation="eager" if config_type == "gpt_oss" else "sdpa"
+            source=str(weights),
+            dtype="float32",
+            attn_implementation="eager" if config_type in EAGER_ATTENTION else "sdpa",
         ),
         parallel=Parallel(fsdp_size=ranks // dp_replicate_size, ep_size=ep_size, dp_replicate_size=dp_replicate_size),
         data=Data(seq_len=SEQ_LEN, format="random_tokens"),
@@ -226,8 +231,9 @@ def build_run(
             micro_batch_size=NUM_ROWS // NUM_MICROBATCHES // ranks,
             grad_accum_steps=NUM_MICROBATCHES,
             activation_checkpointing=checkpointing,
+            **train,
         ),
-        kernels=Kernels(**({"loss_chunk_tokens": 24} | kernels)),
+        kernels=Kernels(loss_chunk_tokens=24),
     )
     world = World(rank=dist.get_rank(), local_rank=0, size=ranks, device=torch.device("cpu"), host="test")
     run = setup(recipe, folder, world)

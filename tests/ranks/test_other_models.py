@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, DogeConfig, JetMoeConfig, LlamaConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, DbrxConfig, JetMoeConfig, LlamaConfig, PreTrainedConfig
 
 from moe_recipes.config.run_folder import RunFolder
 from moe_recipes.models.check_export import compare_logits
@@ -35,9 +35,13 @@ SLOW = pytest.mark.slow
 
 
 def config_of(family: str) -> PreTrainedConfig:
-    if family == "doge":  # 16 experts inside the layer, no expert-parallel plan
-        moe = {"is_moe": True, "num_experts": 16, "num_experts_per_tok": 2, "keep_window_size": 256}
-        return DogeConfig(**COMMON, **moe, num_attention_heads=4)
+    if family == "dbrx":  # experts of its own, no expert-parallel plan
+        experts = {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32}
+        return DbrxConfig(
+            vocab_size=VOCAB_SIZE, max_seq_len=256, d_model=32, n_heads=4, n_layers=2,
+            attn_config={"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+            ffn_config={**experts, "ffn_act_fn": {"name": "silu"}},
+        )  # fmt: skip
     if family == "jetmoe":
         return JetMoeConfig(**COMMON, kv_channels=8, num_local_experts=4, num_experts_per_tok=2)
     return LlamaConfig(**{**COMMON, "tie_word_embeddings": family == "llama_tied"}, num_attention_heads=4)
@@ -69,7 +73,7 @@ def mean_loss_of_single_documents(folder: Path, chats: list) -> float:
     return loss / count
 
 
-@pytest.mark.parametrize("family", ["llama_tied", "doge", pytest.param("llama", marks=SLOW)])
+@pytest.mark.parametrize("family", ["llama_tied", pytest.param("dbrx", marks=SLOW), pytest.param("llama", marks=SLOW)])
 def test_trains_stops_resumes_and_exports(tmp_path: Path, family: str) -> None:
     recipe = task_of(family, tmp_path)
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
@@ -106,7 +110,7 @@ def test_trains_stops_resumes_and_exports(tmp_path: Path, family: str) -> None:
     assert not any(torch.equal(published[key], source[key]) for key in source if source[key].ndim > 1)
 
 
-@pytest.mark.parametrize("family", ["llama_tied", pytest.param("doge", marks=SLOW), pytest.param("jetmoe", marks=SLOW)])
+@pytest.mark.parametrize("family", ["llama_tied", pytest.param("dbrx", marks=SLOW), pytest.param("jetmoe", marks=SLOW)])
 def test_the_first_loss_is_that_of_plain_transformers_one_document_at_a_time(tmp_path: Path, family: str) -> None:
     recipe = task_of(family, tmp_path)
     chats = [json.loads(line) for line in (tmp_path / family / "chats.jsonl").read_text().splitlines()][:6]
@@ -138,7 +142,7 @@ def test_recompute_is_refused_where_the_family_has_none(tmp_path: Path) -> None:
 
 @SLOW
 def test_expert_parallelism_is_refused_where_the_family_has_no_plan(tmp_path: Path) -> None:
-    done = train(task_of("doge", tmp_path), tmp_path / "run", "parallel.ep_size=2")
+    done = train(task_of("jetmoe", tmp_path), tmp_path / "run", "parallel.ep_size=2")
     assert done.returncode == 64
-    assert "'doge' has no expert-parallel plan" in done.stdout
+    assert "'jetmoe' has no expert-parallel plan" in done.stdout
     assert "Traceback" not in done.stdout

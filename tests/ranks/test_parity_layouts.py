@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from moe_recipes.models.loss import remove_loss
 from moe_recipes.train.loop import train_step
@@ -181,3 +184,41 @@ def test_the_step_is_ragged():
         assert max(map(max, everyone)) > 20
 
     run_on_ranks(counts, 8)
+
+
+def check_aux_loss(folder: Path, ep_size: int, checkpointing: str) -> None:
+    """Mean of Transformers' load-balancing loss over all microbatches of all ranks, beside the mean over labels."""
+    coef, ranks = 0.5, dist.get_world_size()
+    run = build_run(folder / "weights", ep_size=ep_size, checkpointing=checkpointing, router_aux_loss_coef=coef)
+    seen: dict[str, torch.Tensor] = {}
+    run.optimizer.register_step_pre_hook(lambda *_: seen.update(whole_gradients(run.model)))
+    stats = train_step(run, rank_batches("qwen3_moe"))
+
+    plain = AutoModelForCausalLM.from_pretrained(
+        folder / "weights", dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
+    aux_sum = 0.0
+    for batch in rank_batches("qwen3_moe"):
+        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+        out = plain(**inputs, output_router_logits=True)
+        aux = load_balancing_loss_func(out.router_logits, 8, 2)
+        loss = F.cross_entropy(out.logits.flatten(0, 1), batch.shift_labels.flatten(), reduction="sum")
+        (loss / stats.num_label_tokens + coef * aux / (ranks * NUM_MICROBATCHES)).backward()
+        aux_sum += float(aux) / (ranks * NUM_MICROBATCHES)
+    total = torch.tensor(aux_sum, dtype=torch.float64)
+    dist.all_reduce(total)
+    assert abs(stats.aux_loss / float(total) - 1) <= TOLERANCE
+    wanted = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    for gradient in wanted.values():
+        dist.all_reduce(gradient)
+    norm = sum(float(gradient.double().square().sum()) for gradient in wanted.values()) ** 0.5
+    assert abs(stats.grad_norm / norm - 1) <= TOLERANCE
+    error, name = worst(seen, {name: CLIP / norm * gradient for name, gradient in wanted.items()})
+    assert error <= TOLERANCE, f"gradient of {name}: {error:.1e}"
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "ep_size", "checkpointing"), [(2, 2, "full"), slow(1, 1, "none"), slow(4, 2, "full")]
+)
+def test_load_balancing_loss(references, num_ranks, ep_size, checkpointing):
+    run_on_ranks(check_aux_loss, num_ranks, references("qwen3_moe"), ep_size, checkpointing)

@@ -1,0 +1,111 @@
+"""RMSNorm in one pass each way. Eager Transformers makes about eight, four of them over float32 copies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_recipes.kernels.triton import power_of_two, tl, triton, use_triton
+
+TILE_ELEMENTS = 4096
+MAX_PROGRAMS = 1024
+"""Programs of the backward pass; each adds up one partial gradient of the weight."""
+
+
+def rms_norm_reference(x_RD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """``weight * (x / rms(x))``, normalised in float32 and rounded to x's dtype before the weight, as Transformers does."""
+    wide = x_RD.to(torch.promote_types(x_RD.dtype, torch.float32))
+    return weight_D * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x_RD.dtype)
+
+
+@triton.jit
+def _forward_kernel(x, weight, out, scale, rows, eps, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows) & (column < D)
+    value = tl.load(x + row * D + column, mask=inside, other=0.0).to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(value * value, axis=1, keep_dims=True) / D + eps)
+    normed = (value * inverse).to(out.dtype.element_ty).to(tl.float32)
+    w = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
+    tl.store(out + row * D + column, (w * normed).to(out.dtype.element_ty), mask=inside)
+    tl.store(scale + row, inverse, mask=row < rows)
+
+
+@triton.jit
+def _backward_kernel(  # type: ignore[no-untyped-def]
+    grad,
+    x,
+    weight,
+    scale,
+    grad_x,
+    partial,
+    rows,
+    TILES: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    column = tl.arange(0, BLOCK)[None, :]
+    w = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
+    total = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+    for tile in range(0, TILES):
+        row = (program.to(tl.int64) * TILES + tile) * ROWS + tl.arange(0, ROWS)[:, None]
+        inside = (row < rows) & (column < D)
+        value = tl.load(x + row * D + column, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(grad + row * D + column, mask=inside, other=0.0).to(tl.float32)
+        inverse = tl.load(scale + row, mask=row < rows, other=0.0)
+        normed = value * inverse
+        total += g * normed.to(grad.dtype.element_ty).to(tl.float32)
+        gw = g * w
+        mean = tl.sum(gw * normed, axis=1, keep_dims=True) / D
+        tl.store(grad_x + row * D + column, (inverse * (gw - normed * mean)).to(grad_x.dtype.element_ty), mask=inside)
+    column_1d = tl.arange(0, BLOCK)
+    tl.store(partial + program * D + column_1d, tl.sum(total, axis=0), mask=column_1d < D)
+
+
+def _tile(columns: int) -> tuple[int, int]:
+    """Rows a tile holds, and its padded width."""
+    block = power_of_two(columns)
+    return max(1, TILE_ELEMENTS // block), block
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_RD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        rows, columns = x_RD.shape
+        out, scale = torch.empty_like(x_RD), torch.empty(rows, dtype=torch.float32, device=x_RD.device)
+        tile, block = _tile(columns)
+        grid = (-(-rows // tile),)
+        _forward_kernel[grid](x_RD, weight_D, out, scale, rows, eps, D=columns, ROWS=tile, BLOCK=block)
+        ctx.save_for_backward(x_RD, weight_D, scale)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_RD, weight_D, scale = ctx.saved_tensors
+        rows, columns = x_RD.shape
+        tile, block = _tile(columns)
+        tiles = -(-rows // tile)
+        # A power of two, so that few variants are compiled.
+        tiles_each = power_of_two(-(-tiles // MAX_PROGRAMS))
+        programs = -(-tiles // tiles_each)
+        grad_x = torch.empty_like(x_RD)
+        partial = torch.empty(programs, columns, dtype=torch.float32, device=x_RD.device)
+        _backward_kernel[(programs,)](
+            grad_RD.contiguous(), x_RD, weight_D, scale, grad_x, partial, rows,
+            TILES=tiles_each, D=columns, ROWS=tile, BLOCK=block,
+        )  # fmt: skip
+        return grad_x, partial.sum(dim=0).to(weight_D.dtype), None
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """As the reference, over the last dimension of ``x`` (any shape); the gradient of the weight adds up in float32.
+
+    Keeps ``x`` and one float32 a row for the backward pass.
+    """
+    if not use_triton(x) or x.numel() == 0 or x.dtype != weight_D.dtype:
+        return rms_norm_reference(x, weight_D, eps)
+    return _RMSNorm.apply(x.reshape(-1, x.shape[-1]), weight_D, eps).view(x.shape)

@@ -1,0 +1,62 @@
+"""Whether a model keeps the documents of a packed row apart.
+
+The only sign of a border is a position id that starts again at 0. Transformers' attention turns that into a mask where
+the model hands its position ids to the mask functions; not every model does. Layers that carry a state along the row
+(Mamba, linear attention, short convolutions) do not look at position ids at all.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import textwrap
+
+from torch import nn
+from transformers import PreTrainedModel
+
+_STATE = re.compile(r"mamba|deltanet|rglru|rwkv|recurrent|linearattention|lightning|shortconv", re.IGNORECASE)
+
+
+def why_not_packed(model: PreTrainedModel) -> str | None:
+    """None if documents that share a row never see each other, else the reason in a few words."""
+    name = type(model).__name__.removeprefix("FSDP")
+    for module in model.modules():
+        if isinstance(module, nn.Conv1d) or _STATE.search(type(module).__name__):
+            kind = type(module).__name__.removeprefix("FSDP")
+            return f"{name} carries state from one document of a row to the next ({kind})"
+    tree = _forward_of(model.base_model)
+    with_positions = {
+        target.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)
+        for target in node.targets
+        if isinstance(target, ast.Name) and any(_is_key(key) for key in node.value.keys)
+    }
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and _makes_mask(node)]
+    if calls and all(_has_positions(call, with_positions) for call in calls):
+        return None
+    return f"{name} makes its attention mask without position ids, so documents of a row would see each other"
+
+
+def _forward_of(model: nn.Module) -> ast.AST:
+    forward = next(base.__dict__["forward"] for base in type(model).__mro__ if "forward" in base.__dict__)
+    return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(forward))))
+
+
+def _is_key(node: ast.expr | None) -> bool:
+    return isinstance(node, ast.Constant) and node.value == "position_ids"
+
+
+def _makes_mask(call: ast.Call) -> bool:
+    name = call.func.id if isinstance(call.func, ast.Name) else ""
+    return name == "mask_function" or (name.startswith("create_") and "mask" in name)
+
+
+def _has_positions(call: ast.Call, with_positions: set[str]) -> bool:
+    for keyword in call.keywords:
+        if keyword.arg == "position_ids":
+            return True
+        if keyword.arg is None and isinstance(keyword.value, ast.Name) and keyword.value.id in with_positions:
+            return True
+    return False

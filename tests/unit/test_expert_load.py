@@ -1,0 +1,34 @@
+"""Token counts of experts: what is counted, and the number that sums them up."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from moe_recipes.models.blocks import moe_blocks
+from moe_recipes.moe.expert_load import ExpertLoad, max_violation
+from tests.tiny_models import tiny_config
+
+
+def test_max_violation_is_the_worst_layers_excess_over_its_mean():
+    even, skewed = [5, 5, 5, 5], [1, 2, 2, 11]
+    assert max_violation(torch.tensor([even])) == 0.0
+    assert max_violation(torch.tensor([even, skewed])) == pytest.approx(11 / 4 - 1)
+    assert max_violation(torch.tensor([skewed, even])) == pytest.approx(11 / 4 - 1)
+    assert max_violation(torch.tensor([[0, 0, 0, 20]])) == pytest.approx(3.0)
+
+
+def test_only_training_passes_count():
+    model = AutoModelForCausalLM.from_config(tiny_config("qwen3_moe"), dtype=torch.float32)
+    load = ExpertLoad({b.layer: b.experts for b in moe_blocks(model)}, num_experts=8, device=torch.device("cpu"))
+    ids = torch.arange(20)[None]
+    model.eval()
+    model(input_ids=ids, use_cache=False)
+    model.train()
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    assert int(load.counts_LE.sum()) == 0
+    model(input_ids=ids, use_cache=False)
+    assert load.layers == [0, 1]
+    assert load.counts_LE.sum(dim=1).tolist() == [40, 40]
