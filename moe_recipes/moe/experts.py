@@ -55,7 +55,11 @@ def _grouped_linear(
 ) -> Tensor:
     """Row n times its own expert's weight, ``[e, out, in]`` or, transposed, ``[e, in, out]``."""
     weight_eIO = weight if transposed else weight.transpose(-2, -1)
-    out = F.grouped_mm(x_ND.to(weight.dtype), weight_eIO, offs=order.ends_e)
+    if torch.compiler.is_compiling() and weight.dtype != torch.bfloat16:
+        # torch.compile traces the grouped kernel in bfloat16 only; this is Transformers' loop over the experts.
+        out = torch.ops.transformers.grouped_mm_fallback(x_ND.to(weight.dtype), weight_eIO, offs=order.ends_e)
+    else:
+        out = F.grouped_mm(x_ND.to(weight.dtype), weight_eIO, offs=order.ends_e)
     return out if bias is None else out + bias[order.expert_N.long()]
 
 

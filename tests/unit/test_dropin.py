@@ -272,6 +272,23 @@ def test_loss_has_the_meaning_of_transformers(folder: Path) -> None:
             torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torch_compile(folder: Path, dtype: torch.dtype) -> None:
+    ours = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    eager = ours(IDS, labels=IDS).loss
+    eager.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in ours.named_parameters()}
+    ours.zero_grad()
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, backend="aot_eager")(IDS, labels=IDS).loss
+    compiled.backward()
+    torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=0)
+    # bfloat16 sums are taken in another order.
+    tolerance = {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.1, "atol": 2e-3}
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], msg=name, **tolerance)
+
+
 def test_one_line_says_what_was_applied(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save_tiny_model("llama", tmp_path)
     with caplog.at_level(logging.INFO, logger="moe_recipes.models"):
