@@ -12,6 +12,8 @@ from moe_recipes.config.recipe import Recipe
 PACKAGE_PREFIX = "package:"
 HUB_DATA_PREFIX = "hf:"
 EXPERT_COUNT_KEYS = ("num_experts", "n_routed_experts", "num_local_experts")
+LARGEST_RATE = 1e6
+"""Beyond this a float32 update is no number any more; a run that needs less than that to diverge ends with 17."""
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -65,8 +67,8 @@ def _check_ranges(recipe: Recipe) -> None:
         if value < least:
             raise RecipeError(f"{key}={value} must be at least {least}")
     for key, number in (("optim.lr", optim.lr), ("optim.eps", optim.eps)):
-        if number <= 0:
-            raise RecipeError(f"{key}={number} must be more than 0")
+        if not 0 < number <= LARGEST_RATE:
+            raise RecipeError(f"{key}={number} must be more than 0 and at most {LARGEST_RATE:g}")
     if not 0 <= optim.min_lr_ratio <= 1:
         raise RecipeError(f"optim.min_lr_ratio={optim.min_lr_ratio} must lie between 0 and 1")
     if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):

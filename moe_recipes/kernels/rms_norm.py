@@ -15,7 +15,7 @@ MAX_PROGRAMS = 1024
 
 
 def rms_norm_reference(x_RD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """``weight * (x / rms(x))``, normalised in float32 and rounded to x's dtype before the weight, as Transformers does."""
+    """``weight * (x / rms(x))``, normalised in float32, rounded to x's dtype before the weight, as in Transformers."""
     wide = x_RD.to(torch.promote_types(x_RD.dtype, torch.float32))
     return weight_D * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x_RD.dtype)
 

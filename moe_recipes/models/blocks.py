@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
+import textwrap
 from dataclasses import dataclass
 
 from torch import nn
@@ -44,3 +47,13 @@ def moe_blocks(model: nn.Module) -> list[MoeBlock]:
             layer = int(number.group(1)) if number else -1
             found.append(MoeBlock(name=name, layer=layer, experts=module, router=_router_of(block)))
     return found
+
+
+def forward_source(module: nn.Module) -> ast.FunctionDef | None:
+    """The parsed forward of the module's class, without decorators' wrappers; None where the source is not to be had."""
+    forward = next((base.__dict__["forward"] for base in type(module).__mro__ if "forward" in base.__dict__), None)
+    try:
+        function = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(forward)))).body[0]  # type: ignore[arg-type]
+    except (OSError, TypeError, SyntaxError):
+        return None
+    return function if isinstance(function, ast.FunctionDef) else None

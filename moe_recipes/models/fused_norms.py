@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ast
-import inspect
-import textwrap
 
 from torch import Tensor, nn
 
 from moe_recipes.kernels.rms_norm import rms_norm
 from moe_recipes.kernels.triton import use_triton
+from moe_recipes.models.blocks import forward_source
 from moe_recipes.runtime.optimizations import Optimization
 
 STANDARD_FORWARD = """\
@@ -24,9 +23,9 @@ def is_standard(module: nn.Module) -> bool:
     """True if the module's class has exactly the forward that the kernel replaces."""
     if not hasattr(module, "variance_epsilon") or "forward" in module.__dict__:
         return False
-    forward = next(base.__dict__["forward"] for base in type(module).__mro__ if "forward" in base.__dict__)
-    function = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(forward)))).body[0]
-    assert isinstance(function, ast.FunctionDef)
+    function = forward_source(module)
+    if function is None:
+        return False
     body = [node for node in function.body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))]
     return "\n".join(map(ast.unparse, body)) == STANDARD_FORWARD
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import inspect
-import textwrap
 from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
@@ -18,6 +16,7 @@ from transformers import PreTrainedModel
 
 from moe_recipes.config.errors import RecipeError
 from moe_recipes.kernels.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy
+from moe_recipes.models.blocks import forward_source
 from moe_recipes.moe.balance import load_balancing_loss
 from moe_recipes.runtime.optimizations import Optimization
 
@@ -44,9 +43,8 @@ def why_not_fused(model: PreTrainedModel) -> str | None:
     head = model.get_output_embeddings()
     if model.base_model is model or not isinstance(head, nn.Linear) or head is not getattr(model, "lm_head", None):
         return "the model has no lm_head over a base model"
-    projected = False
-    forward = next(base.__dict__["forward"] for base in type(model).__mro__ if "forward" in base.__dict__)
-    for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(forward))))):
+    projected, forward = False, forward_source(model)
+    for node in ast.walk(forward) if forward is not None else ():
         if not isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign) or node.value is None:
             continue
         for target in node.targets if isinstance(node, ast.Assign) else [node.target]:

@@ -8,12 +8,12 @@ the model hands its position ids to the mask functions; not every model does. La
 from __future__ import annotations
 
 import ast
-import inspect
 import re
-import textwrap
 
 from torch import nn
 from transformers import PreTrainedModel
+
+from moe_recipes.models.blocks import forward_source
 
 _STATE = re.compile(r"mamba|deltanet|rglru|rwkv|recurrent|linearattention|lightning|shortconv", re.IGNORECASE)
 
@@ -25,7 +25,9 @@ def why_not_packed(model: PreTrainedModel) -> str | None:
         if isinstance(module, nn.Conv1d) or _STATE.search(type(module).__name__):
             kind = type(module).__name__.removeprefix("FSDP")
             return f"{name} carries state from one document of a row to the next ({kind})"
-    tree = _forward_of(model.base_model)
+    tree = forward_source(model.base_model)
+    if tree is None:
+        return f"{name} has no source to read, so whether documents stay apart is not known"
     with_positions = {
         target.id
         for node in ast.walk(tree)
@@ -37,11 +39,6 @@ def why_not_packed(model: PreTrainedModel) -> str | None:
     if calls and all(_has_positions(call, with_positions) for call in calls):
         return None
     return f"{name} makes its attention mask without position ids, so documents of a row would see each other"
-
-
-def _forward_of(model: nn.Module) -> ast.AST:
-    forward = next(base.__dict__["forward"] for base in type(model).__mro__ if "forward" in base.__dict__)
-    return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(forward))))
 
 
 def _is_key(node: ast.expr | None) -> bool:

@@ -100,7 +100,7 @@ def when_step(run_dir: Path, step: int, act: Callable[[int], None]) -> Callable[
 
     def wait(pid: int) -> None:
         limit = time.monotonic() + TIMEOUT_S
-        while not steps(run_dir) or steps(run_dir)[-1] < step:
+        while not (done := steps(run_dir)) or done[-1] < step:
             assert time.monotonic() < limit, f"{run_dir} did not reach step {step}"
             assert Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z", "the run ended early"
             time.sleep(0.01)

@@ -113,7 +113,7 @@ def test_the_stop_and_save_files(task: Path, unbroken: Path) -> None:
     status = folder.read_status()
     assert status["state"] == "stopped"
     assert status["last_durable_step"] == status["step"] == steps(run_dir)[-1] < STEPS
-    folder.stop_file.unlink()
+    assert not folder.stop_file.exists()
     resumed = train(task, run_dir, meanwhile=when_step(run_dir, status["step"] + 2, lambda _: folder.save_file.touch()))
     assert resumed.returncode == 0, resumed.stdout
     saved = [event["step"] for event in events(run_dir, "checkpoint")]

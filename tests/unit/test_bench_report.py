@@ -1,0 +1,35 @@
+"""Every measured figure in the pages is the one in the committed JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from moe_recipes.bench.report import PAGES, replaced, table
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_pages_show_what_the_files_say():
+    text = table(ROOT / "benchmarks")
+    for name in PAGES:
+        page = (ROOT / name).read_text()
+        assert page == replaced(page, text), f"{name}: run `python -m moe_recipes.bench.report --write`"
+
+
+def test_table_computes_the_ratio_from_the_file(tmp_path):
+    arm = {
+        "gate": "real", "ep_size": 2, "tokens_per_s_per_gpu_without_optimizer": 9.0,
+        "peak_allocated_gib": 1.0, "peak_reserved_gib": 2.0,
+    }  # fmt: skip
+    results = [
+        {**arm, "arm": "ours", "tokens_per_s_per_gpu": 300.0},
+        {**arm, "arm": "transformers", "tokens_per_s_per_gpu": 200.0},
+    ]
+    manifest = {
+        "recipe": {"name": "r", "parallel": {"fsdp_size": 2}},
+        "packages": dict.fromkeys(("torch", "transformers", "triton", "flashoptim"), "1"),
+    }
+    card = {"gpus": ["NVIDIA X, 1, 2"], "results": results, "manifest": manifest}
+    (tmp_path / "a.json").write_text(json.dumps(card))
+    assert "| `r` | 2 x X | 2 | real | **300** | 200 | 1.50 |" in table(tmp_path)
