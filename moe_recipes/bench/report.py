@@ -15,7 +15,8 @@ from typing import Any
 BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->"
 PAGES = ("README.md", "docs/performance.md")
 HEAD = (
-    "| recipe | GPUs | EP | router | tok/s/GPU | Transformers | ratio | without optimizer | peak GiB allocated (reserved) |",
+    "| recipe | GPUs | EP | router | tok/s/GPU | Transformers | ratio | without optimizer"
+    " | peak GiB allocated (reserved) |",
     "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
 )
 

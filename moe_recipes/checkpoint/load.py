@@ -151,7 +151,10 @@ def _fill(file: Path, fd: int, layout: FileLayout, read: Read) -> None:
         raise CorruptCheckpointError(f"{file}: tensor {read.name!r}: {error}") from error
     whole = read.out.numel() == math.prod(read.piece.shape)
     if whole and crc != read.piece.crc32:
-        raise CorruptCheckpointError(f"{file}: the bytes of tensor {read.name!r} have changed since the save (CRC)")
+        raise CorruptCheckpointError(
+            f"{file}: the bytes of tensor {read.name!r} have changed since the save (CRC); set {file.parent} aside to"
+            f" continue from the checkpoint before it"
+        )
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from moe_recipes.config.recipe import Recipe
 PACKAGE_PREFIX = "package:"
 HUB_DATA_PREFIX = "hf:"
 EXPERT_COUNT_KEYS = ("num_experts", "n_routed_experts", "num_local_experts")
-LARGEST_RATE = 1e6
+LARGEST_RATE = 1e30
 """Beyond this a float32 update is no number any more; a run that needs less than that to diverge ends with 17."""
 
 
@@ -69,6 +69,8 @@ def _check_ranges(recipe: Recipe) -> None:
     for key, number in (("optim.lr", optim.lr), ("optim.eps", optim.eps)):
         if not 0 < number <= LARGEST_RATE:
             raise RecipeError(f"{key}={number} must be more than 0 and at most {LARGEST_RATE:g}")
+    if not 0 <= train.router_aux_loss_coef <= 1:
+        raise RecipeError(f"train.router_aux_loss_coef={train.router_aux_loss_coef} must lie between 0 and 1")
     if not 0 <= optim.min_lr_ratio <= 1:
         raise RecipeError(f"optim.min_lr_ratio={optim.min_lr_ratio} must lie between 0 and 1")
     if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):

@@ -50,7 +50,7 @@ def moe_blocks(model: nn.Module) -> list[MoeBlock]:
 
 
 def forward_source(module: nn.Module) -> ast.FunctionDef | None:
-    """The parsed forward of the module's class, without decorators' wrappers; None where the source is not to be had."""
+    """The parsed forward of the module's class, without decorators' wrappers; None where there is no source."""
     forward = next((base.__dict__["forward"] for base in type(module).__mro__ if "forward" in base.__dict__), None)
     try:
         function = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(forward)))).body[0]  # type: ignore[arg-type]

@@ -161,10 +161,18 @@ def load_tokenizer(recipe: Recipe, source: Source) -> PreTrainedTokenizerBase | 
         return None
     place = recipe.model.tokenizer or str(source.folder)
     try:
-        return AutoTokenizer.from_pretrained(place)
+        return AutoTokenizer.from_pretrained(place, local_files_only=True)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise MissingInputError(f"model.tokenizer: no tokenizer at {place!r} ({reason})") from error
+        if Path(place).is_dir():
+            reason = str(error).strip().splitlines()[0]
+            raise MissingInputError(
+                f"model.tokenizer: the folder {place!r} holds no usable tokenizer ({reason}); put tokenizer.json and"
+                f" tokenizer_config.json there, or name another folder"
+            ) from error
+        raise MissingInputError(
+            f"model.tokenizer: no folder {place!r}, and the local Hugging Face cache has no such tokenizer; name a folder,"
+            f" or fetch it first with: hf download {place}"
+        ) from error
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase | None) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from moe_recipes.runtime.files import replace_durably
+
 logger = logging.getLogger("moe_recipes")
 GIB = 1 << 30
 
@@ -36,7 +38,7 @@ class Metrics:
         self.path, self.total_steps = path, total_steps
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if line and _step(line) <= first_step]
-            path.write_text("".join(f"{line}\n" for line in kept))
+            replace_durably(path, "".join(f"{line}\n" for line in kept).encode())
         self.file = path.open("a", buffering=1)
         self.durations: deque[float] = deque(maxlen=50)
 
