@@ -170,8 +170,8 @@ def load_tokenizer(recipe: Recipe, source: Source) -> PreTrainedTokenizerBase | 
                 f" tokenizer_config.json there, or name another folder"
             ) from error
         raise MissingInputError(
-            f"model.tokenizer: no folder {place!r}, and the local Hugging Face cache has no such tokenizer; name a folder,"
-            f" or fetch it first with: hf download {place}"
+            f"model.tokenizer: no folder {place!r}, and the local Hugging Face cache has no such tokenizer;"
+            f" name a folder, or fetch it first with: hf download {place}"
         ) from error
 
 
