@@ -38,7 +38,7 @@ def run_arm(recipe: Recipe, *, arm: str, gate: str, steps: int, warmup: int) -> 
     out = folder.path / "result.json"
     command = [sys.executable, "-m", "moe_recipes.bench.arm", arm, "--gate", gate, "--out", str(out)]
     command += ["--steps", str(steps), "--warmup", str(warmup), "--recipe-json", json.dumps(recipe_to_dict(recipe))]
-    code = run_ranks(command, num_ranks=recipe.parallel.num_ranks, folder=folder, uses_status=False)
+    code, _ = run_ranks(command, num_ranks=recipe.parallel.num_ranks, folder=folder, uses_status=False)
     if code == 0:
         return dict(json.loads(out.read_text()))
     log = (folder.attempts / "latest" / "rank-00000.log").read_text(errors="replace").strip()

@@ -42,6 +42,7 @@ def load_checkpoint(
     identity: Mapping[str, Any],
     rank: int,
     num_ranks: int,
+    part: str = "",
 ) -> dict[str, Any]:
     """Fill the tensors in place; return the saved state and, under ``rank_tensors_loaded``, whether
     ``rank_tensors`` were filled too (only if the number of ranks is that of the save).
@@ -50,6 +51,9 @@ def load_checkpoint(
     are read as a whole piece, as on an unchanged layout, are compared with their CRC. Not collective: a rank that
     raises does so alone.
 
+    Args:
+        part: load only the tensors whose names start so, and compare only the identity values that are given.
+
     Raises:
         CorruptCheckpointError: a file is missing, short or damaged; names it.
         RecipeError: names, shapes, dtypes or the identity differ from what was saved; or the layout differs and an
@@ -57,10 +61,11 @@ def load_checkpoint(
         EnvironmentMismatchError: another version of the format.
     """
     manifest = read_manifest(path)
-    _check_identity(path, manifest.identity, plain_json("identity", identity))
-    _check_names(path, entries.keys(), manifest.tensors.keys())
+    saved_identity = {key: value for key, value in manifest.identity.items() if not part or key in identity}
+    _check_identity(path, saved_identity, plain_json("identity", identity))
+    _check_names(path, entries.keys(), {name for name in manifest.tensors if name.startswith(part)})
     reads = [read for name, entry in entries.items() for read in _plan(path, name, entry, manifest.tensors[name])]
-    own, loads_own = _plan_own(manifest, rank_tensors, rank, num_ranks)
+    own, loads_own = ([], False) if part else _plan_own(manifest, rank_tensors, rank, num_ranks)
     reads += own
     by_shard: dict[int, list[Read]] = {}
     for read in reads:

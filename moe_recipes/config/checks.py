@@ -11,7 +11,7 @@ from moe_recipes.config.recipe import Recipe
 
 PACKAGE_PREFIX = "package:"
 HUB_DATA_PREFIX = "hf:"
-EXPERT_COUNT_KEYS = ("num_experts", "n_routed_experts", "num_local_experts")
+EXPERT_COUNT_KEYS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 LARGEST_RATE = 1e30
 """Beyond this a float32 update is no number any more; a run that needs less than that to diverge ends with 17."""
 
@@ -147,7 +147,7 @@ def check_model_config(recipe: Recipe, model_config: Mapping[str, Any]) -> None:
     if key is None:
         if ep_size > 1:
             raise RecipeError(
-                f"parallel.ep_size={ep_size}, but {source} has no experts (model_type"
+                f"parallel.ep_size={ep_size}, but {source} has no experts that can be spread over ranks (model_type"
                 f" {config.get('model_type', 'unknown')!r}); set parallel.ep_size: 1"
             )
     elif config[key] % ep_size:

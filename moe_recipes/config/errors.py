@@ -7,6 +7,7 @@ traceback and exits with ``exit_code``. Anything else that is raised is a bug of
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 EXIT_OK = 0
@@ -23,6 +24,8 @@ EXIT_REQUEUE = 75
 EXIT_SECRETS = 77
 EXIT_ENVIRONMENT = 78
 EXIT_DO_NOT_REQUEUE = 93
+
+DISK_TAKES_NO_MORE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 class MoeRecipesError(Exception):
@@ -89,6 +92,22 @@ class StoppedError(MoeRecipesError):
     """A signal asked the run to stop; it saved and can be started again."""
 
     exit_code = EXIT_REQUEUE
+
+
+class OtherRankError(MoeRecipesError):
+    """What another rank met; ``exit_code`` and the message are that rank's, so that all ranks end alike."""
+
+    def __init__(self, message: str, *, rank: int, exit_code: int) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.exit_code = exit_code
+
+
+def exit_code_of(error: BaseException) -> int:
+    """The error's own code; 73 for an ``OSError`` of a disk that takes no more bytes; else 70, a bug."""
+    if isinstance(error, OSError) and error.errno in DISK_TAKES_NO_MORE:
+        return EXIT_CANNOT_WRITE
+    return error.exit_code if isinstance(error, MoeRecipesError) else EXIT_INTERNAL
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import moe_recipes
@@ -58,8 +59,9 @@ def _version(package: str) -> str | None:
 
 
 def _git_state() -> dict[str, Any] | None:
-    """Commit of the working folder, and whether tracked files differ from it; None outside a repository."""
+    """Commit of this package's code, and whether tracked files differ from it; None if it is not in a repository."""
     try:
+        _git("ls-files", "--error-unmatch", "__init__.py")  # a folder of installed packages may lie in a foreign one
         commit = _git("rev-parse", "HEAD")
         dirty = bool(_git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.SubprocessError):
@@ -68,5 +70,6 @@ def _git_state() -> dict[str, Any] | None:
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, timeout=10)
+    package = Path(moe_recipes.__file__).parent
+    done = subprocess.run(["git", *arguments], cwd=package, capture_output=True, text=True, check=True, timeout=10)
     return done.stdout.strip()

@@ -14,6 +14,8 @@ from moe_recipes.config.errors import CorruptCheckpointError, MissingInputError,
 from moe_recipes.config.recipe import Model
 
 PACKAGED = Path(__file__).resolve().parents[1] / "models" / "configs"
+PACKAGED_NAMES = {"Qwen/Qwen3-30B-A3B": "qwen3_30b_a3b"}
+"""The packaged config that stands for a Hugging Face id where only the shape of the model is asked for."""
 
 
 def read_model_config(model: Model) -> tuple[dict[str, Any], bytes, str]:

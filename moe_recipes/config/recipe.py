@@ -6,7 +6,7 @@ A recipe file is YAML with one mapping a section (``model``, ``parallel``, ``dat
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 
@@ -107,8 +107,9 @@ class Data:
 class Optim:
     """Optimizer and schedule."""
 
-    name: Literal["adamw", "flash_adamw"] = "adamw"
-    """``adamw``: torch's, states in the weights' dtype, so use float32 weights. ``flash_adamw``: bfloat16 weights with
+    name: Literal["auto", "adamw", "flash_adamw"] = "auto"
+    """``auto``: the one that moves weights of ``model.dtype``, ``flash_adamw`` for bfloat16 and ``adamw`` for float32.
+    ``adamw``: torch's, states in the weights' dtype, so use float32 weights. ``flash_adamw``: bfloat16 weights with
     an exact float32 master (16-bit remainder) and 8-bit moments, about 8 bytes a parameter with the gradient; CUDA."""
 
     lr: float
@@ -117,7 +118,7 @@ class Optim:
     betas: tuple[float, ...] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
-    """Decoupled; not applied to tensors with one dimension."""
+    """Decoupled; not applied to norms and biases."""
 
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = 0
@@ -211,6 +212,11 @@ class Recipe:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log: Log = field(default_factory=Log)
     kernels: Kernels = field(default_factory=Kernels)
+
+    def __post_init__(self) -> None:
+        if self.optim.name == "auto":
+            chosen = replace(self.optim, name="flash_adamw" if self.model.dtype == "bfloat16" else "adamw")
+            object.__setattr__(self, "optim", chosen)
 
     @property
     def rows_per_step(self) -> int:

@@ -4,7 +4,7 @@ runs/NAME/
   recipe.json       the resolved recipe          metrics.jsonl   one object a step
   manifest.json     what ran, with which versions  events.jsonl    starts, saves, stops, with times
   status.json       where the run stands         ckpt/           step-XXXXXXXX/, latest
-  attempts/N/       one start: manifest.json, rank-00000.log ...; attempts/latest links to the newest
+  attempts/N/       the logs of one start: rank-00000.log ...; attempts/latest links to the newest
   export/           the Hugging Face checkpoint  STOP, SAVE      touch one to stop, or to save at the next step
 """
 
@@ -25,6 +25,9 @@ from moe_recipes.config.recipe import Recipe
 from moe_recipes.config.resolve import flatten, recipe_from_dict, recipe_to_dict
 
 STATUS_SCHEMA_VERSION = 1
+CODE_KEYS = ("moe_recipes", "python", "packages", "git")
+"""Keys of manifest.json that say which code ran."""
+
 TERMINAL_STATES = ("stopped", "failed", "done")
 MAY_CHANGE = (
     "run_dir",
@@ -97,6 +100,12 @@ class RunFolder:
         """Somebody made this file to have a checkpoint at the next step."""
         return self.path / "SAVE"
 
+    @property
+    def has_trained(self) -> bool:
+        """A start came as far as the first step: the recipe is bound. A start that ended before, say at a data file
+        that is not there, binds nothing."""
+        return self.metrics.exists() or self.ckpt.exists()
+
     def write_status(
         self,
         state: State,
@@ -153,11 +162,24 @@ class RunFolder:
 
     def update_manifest(self, **fields: Any) -> None:
         """Set top-level keys of manifest.json."""
+        write_json(self.manifest, {**self._read_manifest(), **fields})
+
+    def _read_manifest(self) -> dict[str, Any]:
         try:
             manifest = json.loads(self.manifest.read_bytes())
         except (OSError, ValueError):
-            manifest = {}
-        write_json(self.manifest, {**manifest, **fields})
+            return {}
+        return manifest if isinstance(manifest, dict) else {}
+
+    def note_other_code(self, made_of: Mapping[str, Any]) -> None:
+        """Add an event if versions or commit of this start are not those of manifest.json, which is the first start's.
+
+        Raises:
+            CannotWriteError: the file cannot be written.
+        """
+        before, after = ({key: record.get(key) for key in CODE_KEYS} for record in (self._read_manifest(), made_of))
+        if changes := recipe_changes(before, after):
+            self.append_event("code changed", changes=[list(change) for change in changes])
 
     def new_attempt(self) -> Path:
         """Make ``attempts/<n>/`` for one start of the run and point ``attempts/latest`` to it.
@@ -194,7 +216,9 @@ class RunFolder:
                 f"{self.recipe}: {error.strerror}; {self.path} is not the folder of a run"
             ) from error
         except ValueError as error:
-            raise CorruptCheckpointError(f"{self.recipe}: not valid JSON: {error}") from error
+            raise CorruptCheckpointError(
+                f"{self.recipe}: not valid JSON: {error}; restore the file, or set another run_dir"
+            ) from error
 
 
 def run_folder_of(recipe: Recipe) -> RunFolder:
@@ -202,12 +226,15 @@ def run_folder_of(recipe: Recipe) -> RunFolder:
     return RunFolder(recipe.run_dir or Path("runs") / recipe.name)
 
 
-def prepare_run(recipe: Recipe, folder: RunFolder) -> RunFolder:
-    """Make the run folder, or accept an old one for a resume. One process of a run calls this, before the others start.
+def check_run(recipe: Recipe, folder: RunFolder) -> list[tuple[str, Any, Any]]:
+    """Make sure that this process may go on with the run. Every rank that torchrun or srun started calls this: ranks
+    that leave a refusal to rank 0 would wait for it until their join times out.
 
+    Returns:
+        What changed since the run was started, as ``recipe_changes`` gives it.
     Raises:
         CannotWriteError: the folder cannot be made or written, tried by really writing.
-        RecipeError: the run was started with another recipe; every difference is listed.
+        RecipeError: the run has trained with another recipe; every difference is listed.
     """
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
@@ -216,22 +243,35 @@ def prepare_run(recipe: Recipe, folder: RunFolder) -> RunFolder:
         probe.unlink()
     except OSError as error:
         raise _cannot_write(folder.path, error) from error
+    if not folder.recipe.exists():
+        return []
+    changes = recipe_changes(folder._read_recipe_json(), recipe_to_dict(recipe))
+    refused = [change for change in changes if not _may_change(change[0])]
+    if refused and folder.has_trained:
+        old_values = ", ".join(f"{key}={_short(old)}" for key, old, _ in refused)
+        new_values = ", ".join(f"{key}={_short(value)}" for key, _, value in refused)
+        raise RecipeError(
+            f"{folder.path} was started with {old_values}; the recipe now says {new_values};"
+            " use another run_dir or restore the value"
+        )
+    return changes
+
+
+def prepare_run(recipe: Recipe, folder: RunFolder) -> RunFolder:
+    """Make the run folder, or accept an old one for a resume. One process of a run calls this.
+
+    Raises:
+        CannotWriteError, RecipeError: as ``check_run``.
+    """
+    if changes := check_run(recipe, folder):
+        folder.append_event("recipe changed", changes=[list(change) for change in changes])
     new = recipe_to_dict(recipe)
-    if folder.recipe.exists():
-        changes = recipe_changes(folder._read_recipe_json(), new)
-        refused = [change for change in changes if not _may_change(change[0])]
-        if refused:
-            old_values = ", ".join(f"{key}={_short(old)}" for key, old, _ in refused)
-            new_values = ", ".join(f"{key}={_short(value)}" for key, _, value in refused)
-            raise RecipeError(
-                f"{folder.path} was started with {old_values}; the recipe now says {new_values};"
-                " use another run_dir or restore the value"
-            )
-        if changes:
-            folder.append_event("recipe changed", changes=[list(change) for change in changes])
     write_json(folder.recipe, new)
-    if not folder.manifest.exists():
-        write_json(folder.manifest, make_manifest(new))
+    made_of = make_manifest(new)
+    if folder.has_trained and folder.manifest.exists():
+        folder.note_other_code(made_of)
+    else:
+        write_json(folder.manifest, made_of)
     return folder
 
 

@@ -44,7 +44,7 @@ def find_sources(entries: Sequence[str], *, key: str, revision: str | None = Non
         revision: commit of Hugging Face data sets.
     Raises:
         MissingInputError: an entry leads to no file or data set.
-        DataError: a file has a suffix that is not read.
+        DataError: a file has a suffix that is not read, or a data set is damaged.
         EnvironmentMismatchError: ``datasets`` is needed and not installed.
     """
     sources: list[Source] = []
@@ -93,11 +93,19 @@ def _open_hf(entry: str, *, key: str, revision: str | None) -> Source:
         ) from error
     try:
         dataset = datasets.load_dataset(identifier, split=split, revision=revision)
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise DataError(
+            f"{key}: {entry} is damaged: {_first_line(error.__cause__ or error)}; fetch it again"
+        ) from error
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = _first_line(error)
         place = f"split {split!r}, revision {revision}"
         raise MissingInputError(f"{key}: cannot load {entry} ({place}): {reason}") from error
     return Source(name=f"hf:{identifier}:{split}", kind="hf", dataset=dataset)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def content_hash(source: Source) -> str:

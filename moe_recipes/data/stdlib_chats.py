@@ -226,7 +226,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         print(make_demo(parser.parse_args(arguments).out_dir))
     except MoeRecipesError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(f"moe-recipes: error: {error}", file=sys.stderr)
         return error.exit_code
     return 0
 

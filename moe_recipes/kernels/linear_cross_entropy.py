@@ -135,4 +135,9 @@ def linear_cross_entropy(
         labels_T: int64 in [0, V), or -100 for tokens without loss.
         chunk_tokens: tokens whose logits exist at once, ``chunk_tokens * V`` values of the hidden states' dtype.
     """
+    if not torch.is_grad_enabled():
+        # Autograd functions are told of a weight that wants a gradient even where none is recorded: without this a
+        # validation would form all gradients and hold a buffer for them.
+        hidden_TD, weight_VD = hidden_TD.detach(), weight_VD.detach()
+        bias_V = None if bias_V is None else bias_V.detach()
     return _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, bias_V, chunk_tokens)

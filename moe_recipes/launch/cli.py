@@ -6,6 +6,7 @@ moe-recipes show RECIPE      moe-recipes train RECIPE      moe-recipes export RU
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -13,12 +14,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import moe_recipes
-from moe_recipes.config.checks import check_model_config, check_recipe, recipe_notes
+from moe_recipes.config.checks import PACKAGE_PREFIX, check_model_config, check_recipe, recipe_notes
 from moe_recipes.config.errors import EXIT_OK, MissingInputError, MoeRecipesError, RecipeError
-from moe_recipes.config.model_config import read_model_config
+from moe_recipes.config.model_config import PACKAGED_NAMES, read_model_config
 from moe_recipes.config.recipe import Recipe
 from moe_recipes.config.resolve import dump, load_recipe, recipe_to_dict
-from moe_recipes.config.run_folder import RunFolder, prepare_run, run_folder_of
+from moe_recipes.config.run_folder import RunFolder, check_run, prepare_run, run_folder_of
 from moe_recipes.launch.local import ERROR_PREFIX, run_ranks
 from moe_recipes.plan.parameters import count_parameters
 
@@ -57,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         options = make_parser().parse_args(words)
+        if getattr(options, "cpu", False):
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Transformers lays ranks out over any GPU that they can see
         verbs = {"show": _show, "train": _train, "export": _export}
         return verbs[options.verb](options)
     except MoeRecipesError as error:
@@ -108,7 +111,12 @@ def derived_facts(recipe: Recipe) -> dict[str, Any]:
     try:
         config, _, source = read_model_config(recipe.model)
     except MissingInputError as error:
-        return {**facts, "parameters": f"unknown: {error}"}
+        packaged = PACKAGED_NAMES.get(recipe.model.source)
+        if packaged is None:
+            return {**facts, "parameters": f"unknown: {error}"}
+        stand_in = dataclasses.replace(recipe.model, source=f"{PACKAGE_PREFIX}{packaged}", revision=None)
+        config, _, source = read_model_config(stand_in)
+        facts["model"] = f"not here: {error}"
     check_model_config(recipe, config)
     facts["model config"] = source
     count = count_parameters(config)
@@ -135,6 +143,8 @@ def _train(options: argparse.Namespace) -> int:
         prepare_run(recipe, folder)
         folder.write_status("starting")
         _print_notes(recipe)
+    else:
+        check_run(recipe, folder)
     sys.stdout.flush()
     os.execv(sys.executable, command)
 
@@ -160,11 +170,12 @@ def _run_here(
     command: list[str], recipe: Recipe, folder: RunFolder, options: argparse.Namespace, *, uses_status: bool
 ) -> int:
     terminal = sys.stderr.buffer if options.json else None
-    code = run_ranks(
+    code, cause = run_ranks(
         command, num_ranks=recipe.parallel.num_ranks, folder=folder, uses_status=uses_status, terminal=terminal
     )
     if options.json:
-        print(json.dumps({"run": str(folder.path), "exit_code": code, "status": folder.read_status()}))
+        answer = {"run": str(folder.path), "exit_code": code, "status": folder.read_status()}
+        print(json.dumps(answer if code == EXIT_OK else {"error": cause, **answer}))
     return code
 
 

@@ -12,10 +12,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from moe_recipes.config.errors import EXIT_INFRASTRUCTURE, EXIT_OK, EXIT_REQUEUE
 from moe_recipes.config.run_folder import TERMINAL_STATES, RunFolder
@@ -24,6 +24,14 @@ FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 LINE_PREFIX = "moe-recipes: "
 ERROR_PREFIX = f"{LINE_PREFIX}error: "
 _PR_SET_PDEATHSIG = 1
+
+
+class Ending(NamedTuple):
+    """How the ranks of one start ended."""
+
+    exit_code: int
+    cause: str | None
+    """Why, where the exit code is not 0."""
 
 
 @dataclass
@@ -69,20 +77,20 @@ def run_ranks(
     grace_s: float = 20.0,
     term_s: float = 5.0,
     terminal: IO[bytes] | None = None,
-) -> int:
+) -> Ending:
     """Run ``command`` once a rank on this host and wait for all of them.
 
     Rank 0 writes to the terminal and to its log, the others to their logs, all in a new ``attempts/<n>/``. SIGTERM,
-    SIGINT and SIGUSR2 are passed on to every rank once; a second SIGINT kills them. When a rank fails, the others get
-    ``grace_s`` seconds to end, then SIGTERM, then ``term_s`` seconds later SIGKILL.
+    SIGINT (as SIGTERM) and SIGUSR2 are passed on to every rank once; a second SIGINT kills them. When a rank fails, the
+    others get ``grace_s`` seconds to end, then SIGTERM, then ``term_s`` seconds later SIGKILL.
 
     Args:
         uses_status: the command reports in status.json; then its state and exit code decide, unless a rank failed
             before and for another reason.
         terminal: where rank 0's output goes beside its log; stdout if not given.
     Returns:
-        The exit code for this process: 69 if a rank was killed from outside, 75 if a signal that was passed on ended a
-        rank before it could save.
+        The exit code for this process, and the cause, which was said on stderr. 69 if a rank was killed from outside,
+        75 if a signal that was passed on ended a rank before it could save.
     """
     attempt = folder.new_attempt()
     if uses_status:
@@ -96,10 +104,10 @@ def run_ranks(
         finally:
             ranks.kill_groups()
         tee.join(timeout=5.0)
-    code = _verdict(ranks, folder, attempt, uses_status)
+    ending = _verdict(ranks, folder, attempt, uses_status)
     if uses_status:
-        folder.append_event("end", attempt=int(attempt.name), exit_code=code)
-    return code
+        folder.append_event("end", attempt=int(attempt.name), exit_code=ending.exit_code)
+    return ending
 
 
 def _start(
@@ -134,7 +142,7 @@ def _start(
 def rank_environment(num_ranks: int, port: int) -> Mapping[str, str]:
     """What every rank of one host is told, apart from its number."""
     threads = max(1, len(os.sched_getaffinity(0)) // num_ranks)
-    environment = {
+    return {
         "WORLD_SIZE": str(num_ranks),
         "LOCAL_WORLD_SIZE": str(num_ranks),
         "MASTER_ADDR": "127.0.0.1",
@@ -142,9 +150,6 @@ def rank_environment(num_ranks: int, port: int) -> Mapping[str, str]:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
         "PYTHONUNBUFFERED": "1",
     }
-    if sys.stdout.isatty():
-        environment["MOE_RECIPES_TERMINAL"] = "1"  # rank 0 writes into a pipe, but somebody watches its end
-    return environment
 
 
 def free_port() -> int:
@@ -164,15 +169,14 @@ def _report_end(rank: int, process: subprocess.Popen[bytes], ended: queue.Queue[
 
 
 def _tee(source: IO[bytes], log: IO[bytes], terminal: IO[bytes]) -> None:
-    """Copy rank 0's output to the terminal and its log. A closed terminal does not stop the log."""
+    """Copy rank 0's output to the terminal and its log. A closed terminal or a full disk stops neither the other nor
+    the reading: a rank whose output nobody takes would wait for ever."""
     with log:
         while chunk := source.read(65536):
-            log.write(chunk)
-            try:
-                terminal.write(chunk)
-                terminal.flush()
-            except (OSError, ValueError):
-                continue
+            for output in (log, terminal):
+                with suppress(OSError, ValueError):
+                    output.write(chunk)
+                    output.flush()
 
 
 @contextmanager
@@ -196,8 +200,10 @@ def _wait(ranks: _Ranks, caught: list[int], grace_s: float, term_s: float) -> No
         for signum in caught[handled:]:
             handled += 1
             if signum not in ranks.forwarded:
-                ranks.forwarded.append(signum)
-                ranks.signal(signum)
+                # A rank that has no handler yet meets SIGINT with a traceback; with one it treats both alike.
+                passed_on = signal.SIGTERM if signum == signal.SIGINT else signum
+                ranks.forwarded += [signum, passed_on]
+                ranks.signal(passed_on)
             elif signum == signal.SIGINT:
                 ranks.ended_by_us.update(ranks.running)
                 ranks.kill_groups()
@@ -217,19 +223,21 @@ def _wait(ranks: _Ranks, caught: list[int], grace_s: float, term_s: float) -> No
             ranks.kill_groups()
 
 
-def _verdict(ranks: _Ranks, folder: RunFolder, attempt: Path, uses_status: bool) -> int:
+def _verdict(ranks: _Ranks, folder: RunFolder, attempt: Path, uses_status: bool) -> Ending:
     status = (folder.read_status() or {}) if uses_status else {}
     finished = status.get("state") in TERMINAL_STATES and isinstance(status.get("exit_code"), int)
     failure = ranks.first_failure
     if failure is None and ranks.ended_by_us:
         failure = min(ranks.ended_by_us), -int(signal.SIGKILL)
     if finished and (failure is None or status["state"] == "done" or status["exit_code"] == failure[1]):
-        if status["exit_code"] != EXIT_OK:
-            where = attempt / f"rank-{status.get('rank') or 0:05d}.log"
-            _say(f"{status.get('cause') or status['state']}; log: {where}", failed=status["state"] == "failed")
-        return int(status["exit_code"])
+        if status["exit_code"] == EXIT_OK:
+            return Ending(EXIT_OK, None)
+        cause = f"{status.get('cause') or status['state']}"
+        where = attempt / f"rank-{status.get('rank') or 0:05d}.log"
+        _say(f"{cause}; log: {where}", failed=status["state"] == "failed")
+        return Ending(int(status["exit_code"]), cause)
     if failure is None:
-        return EXIT_OK
+        return Ending(EXIT_OK, None)
     rank, code = failure
     log = attempt / f"rank-{rank:05d}.log"
     exit_code, cause = code, f"rank {rank} exited with code {code}"
@@ -245,7 +253,7 @@ def _verdict(ranks: _Ranks, folder: RunFolder, attempt: Path, uses_status: bool)
             "stopped" if exit_code == EXIT_REQUEUE else "failed", cause=cause, rank=rank, exit_code=exit_code
         )
     _say(f"{cause}; log: {log}", failed=exit_code != EXIT_REQUEUE)
-    return exit_code
+    return Ending(exit_code, cause)
 
 
 def last_words(log: Path, tail_bytes: int = 65536) -> str | None:

@@ -23,6 +23,7 @@ from moe_recipes.models.sharded_init import initialize_shards
 from moe_recipes.moe import EXPERTS, all_to_all
 from moe_recipes.moe.recompute import checkpoint_contexts, route_once
 from moe_recipes.runtime.optimizations import Optimization, describe
+from moe_recipes.runtime.sharding import keep_precision
 
 logger = logging.getLogger("moe_recipes.models")
 NO_EXPERTS = "the model has no experts behind Transformers' experts interface"
@@ -69,6 +70,7 @@ def _finish(
     model: PreTrainedModel, *, experts: str | dict[str, str] | None, layout: DistributedConfig | None
 ) -> PreTrainedModel:
     """Put this package's experts and router handling into a built model, and say in one line what was done."""
+    keep_precision(model, model._get_dtype_plan(torch.bfloat16))
     blocks = moe_blocks(model)
     plain = all(_has_plain_weights(block.experts) for block in blocks)
     if blocks and plain and experts is None:
@@ -177,6 +179,7 @@ def draw_plain_model(
     with torch.device("meta"), hf_init.meta_device_safe_creation_ops():
         model = transformers.AutoModelForCausalLM.from_config(config, **kwargs)
     _keep_fp32(model)
+    _untie(model)
     layout, device, mesh = type(model).prepare_distribute_model(layout)
     if mesh is None:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
@@ -192,6 +195,14 @@ def _agreed_seed(seed: int | None) -> int:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast_object_list(agreed, src=0)
     return agreed[0]
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """Give tied weights a tensor each until they are drawn: FSDP2 cannot shard one that two of its groups hold."""
+    for name in model.all_tied_weights_keys or ():
+        owner, _, attribute = name.rpartition(".")
+        module = model.get_submodule(owner)
+        setattr(module, attribute, nn.Parameter(torch.empty_like(getattr(module, attribute))))
 
 
 def _keep_fp32(model: PreTrainedModel) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from moe_recipes.config.errors import CorruptCheckpointError, MissingInputError,
 from moe_recipes.config.model_config import find_model_config, read_model_config
 from moe_recipes.config.recipe import Recipe
 from moe_recipes.models.auto import AutoModelForCausalLM
+from moe_recipes.models.export_convert import gather_objects
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,11 @@ class Source:
 
     config_json: bytes
     """What an export writes: the source's bytes, or the overridden config where there are overrides."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding; composite models have it in their text part."""
+        return int(self.config.get("text_config", self.config)["vocab_size"])
 
     @property
     def config_hash(self) -> str:
@@ -114,6 +121,7 @@ def build_model(recipe: Recipe, source: Source, *, scratch: Path) -> PreTrainedM
 
     Raises:
         RecipeError: expert parallelism on a family without a plan for it, or a name that Transformers does not know.
+        CorruptCheckpointError: a pretrained folder lacks weights of the model, or holds them in other shapes.
     """
     config = load_config(source, scratch)
     if recipe.parallel.ep_size > 1 and not config.get_text_config().base_model_ep_plan:
@@ -132,15 +140,72 @@ def build_model(recipe: Recipe, source: Source, *, scratch: Path) -> PreTrainedM
         if recipe.model.weights == "random":
             return AutoModelForCausalLM.from_config(config, seed=recipe.train.seed, **options)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = AutoModelForCausalLM.from_pretrained(source.folder, **options)
+        options["config"] = _dequantised(recipe, config)
+        model = _load_weights(source.folder, num_ranks=recipe.parallel.num_ranks, **options)
     except (ValueError, ImportError) as error:
         raise _refused_choice(recipe, error) or error from None
     return model if recipe.parallel.num_ranks > 1 else model.to(device)
 
 
+def _dequantised(recipe: Recipe, config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config with which quantised weights load as ``model.dtype``; codes are no weights that a step could move.
+
+    Raises:
+        RecipeError: such weights do not load exactly. Transformers shards FP8 scales apart from their codes, so that
+            blocks that a shard's border cuts get the scale of another block, without an error.
+    """
+    quantization = getattr(config, "quantization_config", None)
+    if not quantization:
+        return config
+    method, num_ranks = quantization.get("quant_method"), recipe.parallel.num_ranks
+    if method not in ("fp8", "mxfp4") or (method == "fp8" and num_ranks > 1):
+        raise RecipeError(
+            f"model.source={recipe.model.source!r} is quantised ({method}), which does not load exactly on {num_ranks}"
+            f" ranks; save it as bfloat16 from one process (dequantize=True) and name that folder"
+        )
+    config.quantization_config = {**quantization, "dequantize": True}
+    return config
+
+
+def _load_weights(folder: Path, *, num_ranks: int, **options: Any) -> PreTrainedModel:
+    """``from_pretrained``, but a weight that the folder lacks is an error: Transformers warns, and draws it at random.
+
+    Raises:
+        CorruptCheckpointError: the same on all ranks, though a rank that does not hold an expert may miss nothing.
+    """
+    model, problem = None, None
+    try:
+        # Other shapes pass here, to be named below: the error of Transformers does not say which tensor it means.
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+        problem = _weights_problem(info)
+    except RuntimeError as error:
+        if "conversion of the weights" not in str(error):
+            raise
+        problem = "experts of one layer that do not fit together (the log names them)"
+    problems = [found for found in gather_objects(problem, num_ranks) if found]
+    if problems:
+        raise CorruptCheckpointError(
+            f"{folder}: {problems[0]}; fetch the model again, or the config.json that belongs to its weights"
+        )
+    return model
+
+
+def _weights_problem(info: Mapping[str, Any]) -> str | None:
+    """What the loading report has against the weights, in a few words; tensors that the model lacks are no problem."""
+    if info["mismatched_keys"]:
+        names = sorted(str(key[0]) for key in info["mismatched_keys"])  # the shapes beside them are those of shards
+        return f"{names[0]} has another shape than in the model ({len(names)} such tensors)"
+    if info["missing_keys"]:
+        names = sorted(info["missing_keys"])
+        return f"no weights for {names[0]} ({len(names)} tensors of the model are missing)"
+    return None
+
+
 def _refused_choice(recipe: Recipe, error: Exception) -> RecipeError | None:
     """Transformers' refusal of a backend that the recipe names, as the recipe's error; None for any other error."""
-    reason = str(error).strip().split(". ")[0].splitlines()[0]
+    reason = str(error).strip().split(". ")[0].splitlines()[0].rstrip(".")
     attention = recipe.model.attn_implementation
     if re.search(r"attn_implementation|attention implementation|flash.?attention", str(error), re.IGNORECASE):
         return RecipeError(
@@ -148,6 +213,9 @@ def _refused_choice(recipe: Recipe, error: Exception) -> RecipeError | None:
         )
     if "experts implementation" in str(error) or "experts_implementation" in str(error):
         return RecipeError(f"kernels.experts={recipe.kernels.experts}: {reason}; set kernels.experts: moe_recipes")
+    if "ep_implementation" in str(error) or "to hold the same batch" in str(error):
+        chosen = recipe.parallel.ep_implementation
+        return RecipeError(f"parallel.ep_implementation={chosen}: {reason}; leave the key out")
     return None
 
 

@@ -151,7 +151,7 @@ def check_replaceable(out_dir: Path, need_bytes: int) -> None:
     free_bytes = shutil.disk_usage(out_dir.parent).free
     if free_bytes < need_bytes:
         raise CannotWriteError(
-            f"{out_dir.parent} has {free_bytes / 2**30:.1f} GiB free, the export needs {need_bytes / 2**30:.1f} GiB;"
+            f"{out_dir.parent} has {free_bytes / 2**30:.3f} GiB free, the export needs {need_bytes / 2**30:.3f} GiB;"
             " free space or choose another folder"
         )
 

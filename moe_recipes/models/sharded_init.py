@@ -72,7 +72,7 @@ class _ShardedDrawing(TorchFunctionMode):
                 whole, *args[1:], **{key: value for key, value in kwargs.items() if key not in ("tensor", "generator")}
             )
             rows = local_rows(target, rank=0)
-            local.copy_(whole[rows.start : rows.start + rows.count])
+            local.copy_(whole[rows.start : rows.start + rows.count] if rows.shape else whole)
             return target
         if isinstance(target, DTensor) and func is Tensor.copy_ and not isinstance(args[1], DTensor):
             rows = local_rows(target, rank=0)

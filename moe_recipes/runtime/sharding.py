@@ -11,11 +11,12 @@ Every layout that this package makes shards dimension 0 only, so a rank's part i
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -70,3 +71,24 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def keep_precision(model: nn.Module, patterns: Collection[str]) -> None:
+    """Take parameters whose names hold one of ``patterns`` out of FSDP2's mixed precision; before the first forward.
+
+    Mixed precision rounds a float32 parameter to bfloat16 whenever it gathers it. FSDP2 has no setting for single
+    modules after the fact, so this sets the policy of each gathered group that holds such parameters only; a group
+    that mixes them with others is one that FSDP2 refuses.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for module in model.modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        state = module._get_fsdp_state()
+        # Newer releases of torch hold a list of groups, older ones a single group.
+        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+        for group in filter(None, groups):
+            places = [held._module_info for held in group.fsdp_params]
+            held_names = [names.get(id(getattr(place.module, place.param_name)), "") for place in places]
+            if held_names and all(any(pattern in name for pattern in patterns) for name in held_names):
+                group.mp_policy = state._mp_policy = MixedPrecisionPolicy()

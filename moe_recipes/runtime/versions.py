@@ -33,6 +33,8 @@ def check_versions() -> None:
             raise EnvironmentMismatchError(f"{package} is not installed; needed: >={first},<{beyond}") from error
         newer = found >= Version(beyond)
         if found < Version(first) or (newer and package == "transformers"):
-            raise EnvironmentMismatchError(f"{package} {found} is outside the supported range >={first},<{beyond}")
+            raise EnvironmentMismatchError(
+                f"{package} {found} is outside the supported range >={first},<{beyond}; install a version in it"
+            )
         if newer:
             logger.warning("%s %s is newer than what was tested (<%s)", package, found, beyond)

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from moe_recipes.config.errors import EnvironmentMismatchError, InfrastructureError
+from moe_recipes.config.errors import EnvironmentMismatchError, InfrastructureError, OtherRankError, exit_code_of
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)
@@ -84,7 +84,7 @@ def join_world(*, cpu: bool = False) -> World:
             if missing:
                 raise InfrastructureError(
                     f"{size} ranks but no {' and '.join(missing)} in the environment; start the ranks with"
-                    f" `moe-recipes train`, torchrun or the scripts in slurm/"
+                    f" `moe-recipes train` or torchrun, or export these for srun: rank 0's host and a free port of it"
                 )
             os.environ.setdefault("RANK", str(rank))
             os.environ.setdefault("WORLD_SIZE", str(size))
@@ -112,6 +112,21 @@ def barrier() -> None:
     max_over_ranks(0.0)
 
 
+def wait_for_main(what: str, *, is_main: bool) -> None:
+    """Return when rank 0 has called this too, however long that takes: a collective would end after ``TIMEOUT``.
+
+    Args:
+        what: names this wait; one name, one use in a process's life.
+    """
+    if dist.get_world_size() > 1:
+        store = dist.distributed_c10d._get_default_store()
+        if is_main:
+            store.set(what, "ready")
+        else:
+            store.wait([what], timedelta(days=7))
+    barrier()
+
+
 def agree(ok: bool) -> bool:
     """True if it is True on every rank."""
     return max_over_ranks(0.0 if ok else 1.0)[0] == 0.0
@@ -121,7 +136,7 @@ def together(action: Callable[[], T]) -> T:
     """``action()`` on every rank; if it raises on one, every rank raises, so that none waits in the next collective.
 
     Raises:
-        InfrastructureError: it failed on another rank, whose log has the cause.
+        OtherRankError: it failed on another rank; message and exit code are that rank's.
     """
     result, error = None, None
     try:
@@ -130,4 +145,10 @@ def together(action: Callable[[], T]) -> T:
         error = caught
     if agree(error is None):
         return result  # type: ignore[return-value]
-    raise error or InfrastructureError("another rank failed; its log and status.json have the cause")
+    mine = None if error is None else (str(error) or type(error).__name__, exit_code_of(error))
+    said: list[tuple[str, int] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(said, mine)
+    if error is not None:
+        raise error
+    rank, (message, exit_code) = next((rank, one) for rank, one in enumerate(said) if one is not None)
+    raise OtherRankError(message, rank=rank, exit_code=exit_code)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from moe_recipes.config.resolve import recipe_from_dict
 from moe_recipes.config.run_folder import RunFolder
+from moe_recipes.models.loss import remove_loss
 from moe_recipes.runtime.stop import StopFlag
 from moe_recipes.runtime.versions import check_versions
 from moe_recipes.runtime.world import join_world
@@ -28,6 +29,7 @@ def _train(run_dir: Path, recipe_json: str, *, cpu: bool) -> None:
     resume(run)
     state = train(run, stop)
     if state == "done" and recipe.checkpoint.export:
+        remove_loss(run.model)
         export_run(run)
     if world.is_main:
         folder.write_status(state, step=run.step, last_durable_step=run.last_durable_step, exit_code=0)

@@ -8,28 +8,58 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
+from transformers import PreTrainedModel
 
+from moe_recipes.checkpoint.store import load_checkpoint
 from moe_recipes.config.errors import MissingInputError, NotFiniteError
+from moe_recipes.config.recipe import Recipe
 from moe_recipes.config.resolve import recipe_from_dict
 from moe_recipes.config.run_folder import RunFolder
+from moe_recipes.models.build import Source, read_source
 from moe_recipes.models.export import export_model
-from moe_recipes.models.loss import remove_loss
+from moe_recipes.runtime.files import replace_durably
 from moe_recipes.runtime.sharding import local_tensor, reshard
-from moe_recipes.runtime.world import agree, barrier, join_world, sum_over_ranks
+from moe_recipes.runtime.versions import check_versions
+from moe_recipes.runtime.world import World, agree, barrier, join_world, sum_over_ranks, together
 from moe_recipes.train.process import run_rank
-from moe_recipes.train.resume import resume
-from moe_recipes.train.run import Run, setup
+from moe_recipes.train.resume import find_checkpoint
+from moe_recipes.train.run import WEIGHTS, make_model, model_entries, model_identity
 
 logger = logging.getLogger("moe_recipes")
 PROBE = "export_probe.safetensors"
 PROBE_TOKENS = 32
 
 
-def check_weights(run: Run) -> None:
+class Trained(Protocol):
+    """What an export needs of a run; a whole ``Run`` has it, and so has what is left when only weights are loaded."""
+
+    recipe: Recipe
+    folder: RunFolder
+    world: World
+    source: Source
+    model: PreTrainedModel
+    step: int
+
+
+@dataclass(kw_only=True)
+class Weights:
+    """A model with the weights of a checkpoint: no data, no optimizer."""
+
+    recipe: Recipe
+    folder: RunFolder
+    world: World
+    source: Source
+    model: PreTrainedModel
+    step: int
+
+
+def check_weights(run: Trained) -> None:
     """Refuse to publish weights that are not finite. Every rank calls it.
 
     Raises:
@@ -45,7 +75,7 @@ def check_weights(run: Run) -> None:
     _refuse(run, spoilt, "weights")
 
 
-def _refuse(run: Run, found: int, what: str) -> None:
+def _refuse(run: Trained, found: int, what: str) -> None:
     if sum_over_ranks(found)[0]:
         raise NotFiniteError(
             f"step {run.step}: {what} are not finite, so nothing was exported;"
@@ -54,27 +84,25 @@ def _refuse(run: Run, found: int, what: str) -> None:
 
 
 @torch.no_grad()
-def write_probe(run: Run) -> None:
+def write_probe(run: Trained) -> None:
     """Keep the trained model's own logits of a fixed row of tokens in ``RUN/export_probe.safetensors``.
 
     Raises:
         NotFiniteError: on all ranks, if a logit is not finite.
     """
     run.model.eval()
-    vocab_size = run.source.config["vocab_size"]
-    ids = torch.arange(PROBE_TOKENS).mul(7919).remainder(vocab_size).unsqueeze(0)
+    ids = torch.arange(PROBE_TOKENS).mul(7919).remainder(run.source.vocab_size).unsqueeze(0)
     logits = run.model(input_ids=ids.to(run.world.device), use_cache=False).logits
     reshard(run.model)
     _refuse(run, int(not logits.isfinite().all()), "the trained model's logits")
     if run.world.is_main:
         tensors = {"input_ids": ids, "logits": logits.float().cpu().contiguous()}
-        save_file(tensors, run.folder.path / PROBE, metadata={"dtype": run.recipe.model.dtype})
+        replace_durably(run.folder.path / PROBE, to_bytes(tensors, metadata={"dtype": run.recipe.model.dtype}))
 
 
-def export_run(run: Run) -> None:
-    """Write ``RUN/export`` and the probe. Every rank calls it; the run cannot train afterwards."""
+def export_run(run: Trained) -> None:
+    """Write ``RUN/export`` and the probe of a model that has its own forward. Every rank calls it."""
     recipe = run.recipe
-    remove_loss(run.model)
     check_weights(run)
     write_probe(run)
     tokenizer = Path(recipe.model.tokenizer) if recipe.model.tokenizer else None
@@ -93,15 +121,36 @@ def export_run(run: Run) -> None:
         run.folder.append_event("export", step=run.step, path=str(run.folder.export))
 
 
+def load_weights(recipe: Recipe, folder: RunFolder, world: World) -> Weights:
+    """The model of a run with the weights of its newest checkpoint. Needs neither its data nor its optimizer.
+
+    Raises:
+        MissingInputError: there is no checkpoint.
+    """
+    source = read_source(recipe)
+    model = make_model(recipe, source)
+    path = find_checkpoint(folder, world)
+    if path is None:
+        raise MissingInputError(f"{folder.ckpt}: no complete checkpoint to export; train the run first")
+    state = together(
+        lambda: load_checkpoint(
+            path,
+            entries=model_entries(model, rank=world.rank),
+            rank_tensors={},
+            identity=model_identity(recipe, source),
+            rank=world.rank,
+            num_ranks=world.size,
+            part=WEIGHTS,
+        )
+    )
+    return Weights(recipe=recipe, folder=folder, world=world, source=source, model=model, step=state["step"])
+
+
 def _export(run_dir: Path, recipe_json: str, *, cpu: bool) -> None:
     recipe = recipe_from_dict(json.loads(recipe_json))
-    folder, world = RunFolder(run_dir), join_world(cpu=cpu)
-    run = setup(recipe, folder, world)
-    resume(run)
-    if run.step == 0:
-        raise MissingInputError(f"{folder.ckpt}: no complete checkpoint to export; train the run first")
-    export_run(run)
+    check_versions()
+    export_run(load_weights(recipe, RunFolder(run_dir), join_world(cpu=cpu)))
 
 
 if __name__ == "__main__":
-    run_rank(_export)
+    run_rank(_export, uses_status=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -65,7 +64,8 @@ class Metrics:
             parts.append(f"mem {record['memory_allocated_gib']:5.1f} GiB")
         if record.get("max_violation") is not None:
             parts.append(f"max violation {record['max_violation']:5.2f}")
-        parts.append(f"left {time.strftime('%H:%M:%S', time.gmtime(left_s))}")
+        minutes, seconds = divmod(round(left_s), 60)
+        parts.append(f"left {minutes // 60:02d}:{minutes % 60:02d}:{seconds:02d}")
         return " | ".join(parts)
 
     def close(self) -> None:

@@ -33,13 +33,14 @@ def learning_rate(optim: Optim, *, step: int, steps: int) -> float:
 def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
     """One group a (mesh, dtype, decay): torch's batched optimizer kernels refuse tensors of different meshes.
 
-    Tensors with one dimension (norms, biases) get no decay.
+    Tensors with one dimension (norms) and biases, also those of experts, which have two, get no decay.
     """
     groups: dict[Any, list[nn.Parameter]] = defaultdict(list)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-            groups[(mesh, parameter.dtype, parameter.ndim > 1)].append(parameter)
+            decays = parameter.ndim > 1 and not name.endswith("bias")
+            groups[(mesh, parameter.dtype, decays)].append(parameter)
     return [
         {"params": parameters, "weight_decay": weight_decay if decay else 0.0}
         for (_, _, decay), parameters in groups.items()

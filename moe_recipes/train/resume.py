@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
+from pathlib import Path
 
 import torch.distributed as dist
 
 from moe_recipes.checkpoint.store import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint, step_of
-from moe_recipes.runtime.world import agree, barrier, together
+from moe_recipes.config.errors import MissingInputError
+from moe_recipes.config.run_folder import RunFolder
+from moe_recipes.runtime.world import World, agree, barrier, together
 from moe_recipes.train.optim import prepare_state
 from moe_recipes.train.run import Run
 
@@ -41,6 +44,29 @@ def save(run: Run) -> None:
         logger.info("saved %s in %.1f s", path, seconds)
 
 
+def find_checkpoint(folder: RunFolder, world: World) -> Path | None:
+    """The newest complete checkpoint, or None for a run that has saved none. One rank looks, for all.
+
+    Raises:
+        MissingInputError: status.json names a saved step, but the checkpoints are gone.
+    """
+
+    def look() -> Path | None:
+        if not world.is_main:
+            return None
+        path = latest_checkpoint(folder.ckpt)
+        saved = (folder.read_status() or {}).get("last_durable_step")
+        if path is None and saved:
+            raise MissingInputError(
+                f"{folder.ckpt}: no checkpoint, though step {saved} was saved; put it back, or use another run_dir"
+            )
+        return path
+
+    found = [together(look)]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
 def resume(run: Run) -> None:
     """Continue the newest complete checkpoint of the run folder, if there is one.
 
@@ -48,10 +74,7 @@ def resume(run: Run) -> None:
         RecipeError: the checkpoint is of another model, data set or optimizer.
         CorruptCheckpointError: it is damaged.
     """
-    # One rank looks, so that no two ranks see different folders.
-    found = [together(lambda: latest_checkpoint(run.folder.ckpt) if run.world.is_main else None)]
-    dist.broadcast_object_list(found, src=0)
-    path = found[0]
+    path = find_checkpoint(run.folder, run.world)
     if path is None:
         return
     prepare_state(run.optimizer, step=step_of(path))

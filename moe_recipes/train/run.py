@@ -30,10 +30,12 @@ from moe_recipes.models.packing import why_not_packed
 from moe_recipes.moe.expert_load import ExpertLoad
 from moe_recipes.runtime.optimizations import Optimization, describe
 from moe_recipes.runtime.sharding import local_rows, local_tensor
-from moe_recipes.runtime.world import World, barrier
+from moe_recipes.runtime.world import World, wait_for_main
 from moe_recipes.train.optim import GradientClip, build_optimizer, optimizer_entries
 
 logger = logging.getLogger("moe_recipes")
+WEIGHTS = "model."
+"""What the names of weights and buffers start with in a checkpoint."""
 
 
 @dataclass(kw_only=True)
@@ -65,15 +67,7 @@ class Run:
     def entries(self) -> dict[str, Entry]:
         """Every tensor that a checkpoint holds, by global name; this rank's part of each."""
         rank = self.world.rank
-        entries = {
-            f"model.{name}": Entry(tensor=local_tensor(parameter.detach()), rows=local_rows(parameter, rank=rank))
-            for name, parameter in self.model.named_parameters()
-        }
-        persistent = self.model.state_dict().keys()
-        for name, buffer in self.model.named_buffers():
-            if name in persistent:
-                entries[f"model.{name}"] = Entry(tensor=buffer, rows=local_rows(buffer, rank=rank))
-        return entries | optimizer_entries(self.model, self.optimizer, rank=rank)
+        return model_entries(self.model, rank=rank) | optimizer_entries(self.model, self.optimizer, rank=rank)
 
     def rank_tensors(self) -> dict[str, torch.Tensor]:
         """Random generator states of this rank."""
@@ -86,6 +80,33 @@ class Run:
         torch.set_rng_state(states["rng.cpu"])
         if "rng.cuda" in states and self.world.device.type == "cuda":
             torch.cuda.set_rng_state(states["rng.cuda"], self.world.device)
+
+
+def model_entries(model: PreTrainedModel, *, rank: int) -> dict[str, Entry]:
+    """Weights and persistent buffers by global name ``model.NAME``; this rank's part of each."""
+    entries = {
+        f"{WEIGHTS}{name}": Entry(tensor=local_tensor(parameter.detach()), rows=local_rows(parameter, rank=rank))
+        for name, parameter in model.named_parameters()
+    }
+    persistent = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name in persistent:
+            entries[f"{WEIGHTS}{name}"] = Entry(tensor=buffer, rows=local_rows(buffer, rank=rank))
+    return entries
+
+
+def model_identity(recipe: Recipe, source: Source) -> dict[str, Any]:
+    """What must be the same when the weights of a checkpoint are loaded."""
+    return {"model_config": source.config_hash, "dtype": recipe.model.dtype}
+
+
+def make_model(recipe: Recipe, source: Source) -> PreTrainedModel:
+    """``build_model`` with a scratch folder of this rank's own."""
+    scratch = Path(tempfile.mkdtemp(prefix="moe-recipes-"))
+    try:
+        return build_model(recipe, source, scratch=scratch)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def seed_everything(seed: int, *, deterministic: bool) -> None:
@@ -103,9 +124,8 @@ def _agreed_load(model: PreTrainedModel, device: torch.device) -> ExpertLoad | N
     blocks = {block.layer: block.experts for block in moe_blocks(model)}
     if not blocks:
         return None
-    config = model.config.get_text_config()
-    names = ("num_experts", "n_routed_experts", "num_local_experts")
-    num_experts = next(getattr(config, name) for name in names if getattr(config, name, None))
+    # From the weights: configs have many names for it, and the module counts the experts of this rank only.
+    num_experts = max(experts.down_proj.shape[0] for experts in blocks.values())
     return ExpertLoad(blocks, num_experts=num_experts, device=device)
 
 
@@ -122,7 +142,7 @@ def open_batches(
         cache_dir=Path(recipe.data.cache_dir) if recipe.data.cache_dir else folder.cache,
         seed=train.seed,
         is_main=world.is_main,
-        barrier=barrier,
+        barrier=lambda: wait_for_main("data", is_main=world.is_main),
     )
     if world.is_main and report.train is not None:
         logger.info(
@@ -150,12 +170,8 @@ def setup(recipe: Recipe, folder: RunFolder, world: World) -> Run:
     source = read_source(recipe)
     seed_everything(recipe.train.seed + world.rank, deterministic=recipe.train.deterministic)
     tokenizer = load_tokenizer(recipe, source)
-    batches, validation = open_batches(recipe, folder, world, tokenizer, vocab_size=source.config["vocab_size"])
-    scratch = Path(tempfile.mkdtemp(prefix="moe-recipes-"))
-    try:
-        model = build_model(recipe, source, scratch=scratch)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    batches, validation = open_batches(recipe, folder, world, tokenizer, vocab_size=source.vocab_size)
+    model = make_model(recipe, source)
     model.train()
     found = list(model.moe_recipes_optimizations)
     full = recipe.train.activation_checkpointing == "full"
@@ -183,9 +199,7 @@ def setup(recipe: Recipe, folder: RunFolder, world: World) -> Run:
         logger.info("optimizations of %s: %s", type(model).__name__.removeprefix("FSDP"), describe(found))
         folder.update_manifest(optimizations=[o._asdict() for o in found])
     optimizer = build_optimizer(model, recipe.optim)
-    identity = {
-        "model_config": source.config_hash,
-        "dtype": recipe.model.dtype,
+    identity = model_identity(recipe, source) | {
         "optimizer": recipe.optim.name,
         "data": batches.fingerprint,
         "rows_per_step": recipe.rows_per_step,

@@ -26,27 +26,26 @@ class WandbLog:
         self.thread: threading.Thread | None = None
         if mode == "off":
             return
-        id_file = run_dir / "wandb_id"
-        if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex[:12])
-        has_key = bool(os.environ.get("WANDB_API_KEY")) or (Path.home() / ".netrc").exists()
-        settings = {
-            "id": id_file.read_text(),
-            "resume": "allow",
-            "mode": "online" if mode == "auto" and has_key else "offline",
-            "project": project,
-            "name": name,
-            "dir": str(run_dir),
-            "config": config,
-        }
-        self.thread = threading.Thread(target=self._run, args=(settings,), name="wandb", daemon=True)
+        settings = {"project": project, "name": name, "dir": str(run_dir), "config": config, "resume": "allow"}
+        self.thread = threading.Thread(target=self._run, args=(run_dir, mode, settings), name="wandb", daemon=True)
         self.thread.start()
 
-    def _run(self, settings: dict[str, Any]) -> None:
+    def _run(self, run_dir: Path, mode: str, settings: dict[str, Any]) -> None:
         try:
             import wandb
 
-            run = wandb.init(**settings, settings=wandb.Settings(silent=True))
+            id_file = run_dir / "wandb_id"
+            if not id_file.exists():
+                id_file.write_text(uuid.uuid4().hex[:12])
+            # A container's user may have no home: then the path stays relative, and there is no such file.
+            has_key = bool(os.environ.get("WANDB_API_KEY")) or os.path.exists(os.path.expanduser("~/.netrc"))
+            online = mode == "auto" and has_key
+            run = wandb.init(
+                **settings,
+                id=id_file.read_text(),
+                mode="online" if online else "offline",
+                settings=wandb.Settings(silent=True),
+            )
             while (item := self.records.get()) is not None:
                 step, record = item
                 run.log(record, step=step)

@@ -171,8 +171,8 @@ def write_reference(family: str, folder: Path) -> None:
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients.values()))
     nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    vectors = [p for name, p in model.named_parameters() if p.ndim <= 1 or name.endswith("bias")]
+    matrices = [p for name, p in model.named_parameters() if p.ndim > 1 and not name.endswith("bias")]
     groups = [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
     torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=EPS).step()
     after = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -64,6 +66,13 @@ def unbroken(task: Path) -> Path:
 def events(run_dir: Path, kind: str) -> list[dict]:
     found = [json.loads(line) for line in RunFolder(run_dir).events.read_text().splitlines()]
     return [event for event in found if event["event"] == kind]
+
+
+def test_every_file_of_a_run_has_the_permissions_that_new_files_have(unbroken: Path, tmp_path: Path) -> None:
+    (tmp_path / "new").touch()
+    new = (tmp_path / "new").stat().st_mode
+    files = [path for path in unbroken.rglob("*") if path.is_file()]
+    assert [path for path in files if path.stat().st_mode != new] == []
 
 
 def same_end(run_dir: Path, unbroken: Path) -> None:
@@ -213,3 +222,27 @@ def test_poisoned_weights_end_the_first_step(task: Path) -> None:
     ended_with_17(run_dir, ended.stdout)
     assert steps(run_dir) == []
     assert not list((run_dir / "ckpt").glob("step-*"))
+
+
+def test_an_export_needs_neither_the_data_nor_the_optimizer(task: Path, unbroken: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "moved"
+    shutil.copytree(unbroken, run_dir, symlinks=True)
+    before = exported_files(run_dir)
+    shutil.rmtree(run_dir / "export")
+    shutil.rmtree(run_dir / "cache")
+    recipe = json.loads((run_dir / "recipe.json").read_text())
+    recipe["data"]["train"] = [str(tmp_path / "gone.jsonl")]
+    (run_dir / "recipe.json").write_text(json.dumps(recipe))
+    command = [sys.executable, "-m", "moe_recipes.launch.cli", "export", str(run_dir), "--cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert exported_files(run_dir) == before
+
+
+def test_a_run_whose_checkpoints_are_gone_is_refused(task: Path, unbroken: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "emptied"
+    shutil.copytree(unbroken, run_dir, symlinks=True)
+    shutil.rmtree(run_dir / "ckpt")
+    done = train(task, run_dir)
+    assert done.returncode == 66, done.stdout
+    assert f"no checkpoint, though step {STEPS} was saved" in done.stdout

@@ -9,12 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 import moe_recipes
 from moe_recipes.config.resolve import load_recipe, recipe_to_dict
 from moe_recipes.config.run_folder import RunFolder, prepare_run
-from moe_recipes.launch.cli import started_rank
+from moe_recipes.launch.cli import main, started_rank
 
 ROOT = Path(__file__).resolve().parents[2]
 CLEAN = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "SLURM_PROCID")}
@@ -55,7 +56,10 @@ def test_show_in_json_and_an_unfetched_model_is_said() -> None:
     answer = json.loads(done.stdout)
     assert answer["recipe"] == recipe_to_dict(load_recipe("qwen3_30b"))
     assert answer["derived"]["ranks"] == 8
-    assert "hf download Qwen/Qwen3-30B-A3B" in answer["derived"]["parameters"]
+    assert "hf download Qwen/Qwen3-30B-A3B" in answer["derived"]["model"]
+    assert answer["derived"]["parameters"] == 30_532_122_624, "as Transformers counts this model on the meta device"
+    foreign = call("show", "qwen3_30b", "--json", "--set", "model.source=some/model", HF_HUB_CACHE="/no/such/cache")
+    assert "hf download some/model" in json.loads(foreign.stdout)["derived"]["parameters"]
 
 
 def test_version_and_help() -> None:
@@ -83,6 +87,14 @@ def test_each_kind_of_error_has_its_code(tmp_path: Path) -> None:
     assert "is not the folder of a run" in refused(66, "export", str(tmp_path))
 
 
+def test_cpu_hides_the_gpus_from_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert main(["export", str(tmp_path)]) == 66
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+    assert main(["export", str(tmp_path), "--cpu"]) == 66
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
 def test_errors_in_json() -> None:
     done = call("train", "tiny_cpu", "--json", "--set", "optim.lr=fast")
     assert done.returncode == 64
@@ -94,9 +106,21 @@ def test_errors_in_json() -> None:
 
 def test_a_changed_recipe_does_not_resume(tmp_path: Path) -> None:
     run_dir = f"run_dir={tmp_path}/run"
-    prepare_run(load_recipe("tiny_cpu", [run_dir]), RunFolder(tmp_path / "run"))
+    prepare_run(load_recipe("tiny_cpu", [run_dir]), RunFolder(tmp_path / "run")).metrics.touch()
     said = refused(64, "train", "tiny_cpu", "--set", run_dir, "--set", "optim.lr=0.5")
     assert "was started with optim.lr=0.003; the recipe now says optim.lr=0.5" in said
+    other_rank = {"RANK": "1", "WORLD_SIZE": "2"}
+    assert refused(64, "train", "tiny_cpu", "--set", run_dir, "--set", "optim.lr=0.5", **other_rank) == said
+
+
+def test_what_a_rank_met_is_the_error_in_json(tmp_path: Path) -> None:
+    overrides = [f"run_dir={tmp_path}/run", "data.format=random_tokens", "data.train=[]", "data.validation_fraction=0"]
+    overrides += ["train.validate_every_steps=0", "kernels.experts=nothing"]
+    done = call("train", "tiny_cpu", "--cpu", "--json", *(word for key in overrides for word in ("--set", key)))
+    answer = json.loads(done.stdout)
+    assert done.returncode == answer["exit_code"] == answer["status"]["exit_code"] == 64
+    assert "kernels.experts=nothing" in answer["error"]
+    assert f"error: {answer['error']}; log: " in done.stderr
 
 
 def test_ranks_that_others_started_must_be_as_many_as_the_recipe_has(tmp_path: Path) -> None:

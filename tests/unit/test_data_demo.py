@@ -47,5 +47,5 @@ def test_command_line_reports_an_output_that_cannot_be_written(tmp_path):
     command = [sys.executable, "-m", "moe_recipes.data.stdlib_chats", str(tmp_path / "file" / "out")]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 73
-    assert run.stderr.splitlines()[-1].startswith("CannotWriteError: ")
+    assert run.stderr.splitlines()[-1].startswith("moe-recipes: error: ")
     assert "Traceback" not in run.stderr

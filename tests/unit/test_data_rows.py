@@ -104,6 +104,16 @@ def test_damaged_files_are_refused(tmp_path):
     assert "columns are question; needed: messages" in refusal(tmp_path, parquet)
 
 
+def test_a_damaged_data_set_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    path = tmp_path / "d" / "train.jsonl"
+    write_jsonl(path, [GOOD] * 3)
+    path.write_bytes(path.read_bytes()[:-20])
+    said = refusal(tmp_path, f"hf:{path.parent}")
+    assert said.startswith(f"data.train: hf:{path.parent} is damaged: ")
+    assert "\n" not in said
+
+
 @pytest.mark.parametrize("package", ["pyarrow", "datasets"])
 def test_missing_package_is_named(tmp_path, monkeypatch, package):
     pq.write_table(pa.table({"text": ["x"]}), tmp_path / "a.parquet")

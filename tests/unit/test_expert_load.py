@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AriaTextConfig, AutoModelForCausalLM
 
 from moe_recipes.models.blocks import moe_blocks
 from moe_recipes.moe.expert_load import ExpertLoad, max_violation
+from moe_recipes.train.run import _agreed_load
 from tests.tiny_models import tiny_config
 
 
@@ -32,3 +33,13 @@ def test_only_training_passes_count():
     model(input_ids=ids, use_cache=False)
     assert load.layers == [0, 1]
     assert load.counts_LE.sum(dim=1).tolist() == [40, 40]
+
+
+def test_experts_are_counted_whatever_the_config_calls_them():
+    config = AriaTextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, moe_num_experts=6, moe_topk=2, moe_num_shared_experts=1, pad_token_id=0,
+    )  # fmt: skip
+    load = _agreed_load(AutoModelForCausalLM.from_config(config), torch.device("cpu"))
+    assert load is not None
+    assert load.counts_LE.shape == (2, 6)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from moe_recipes.kernels.linear_cross_entropy import linear_cross_entropy
 
@@ -108,3 +109,11 @@ def test_bfloat16_gradients_scale_exactly_with_the_loss():
     for value, unit in zip(scaled, one, strict=True):
         ratio = float((value.double() * unit.double()).sum() / unit.double().square().sum())
         assert abs(ratio / 0.3 - 1) < 2e-4
+
+
+def test_without_gradients_only_the_logits_are_computed():
+    hidden, weight, bias, labels = inputs()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        loss = linear_cross_entropy(hidden, weight, labels, bias_V=bias, chunk_tokens=8)
+    torch.testing.assert_close(loss, torch_loss(hidden, weight, bias, labels).detach(), check_dtype=False)
+    assert counter.get_total_flops() == 2 * hidden.shape[0] * weight.numel()

@@ -95,8 +95,17 @@ def test_rows_and_experts_a_token_must_fit_the_model() -> None:
         check_model_config(recipe_with(), {"num_experts": 4, "num_experts_per_tok": 8})
 
 
+def test_the_default_optimizer_moves_the_weights_of_either_dtype() -> None:
+    for dtype, name in (("bfloat16", "flash_adamw"), ("float32", "adamw")):
+        recipe = recipe_with(f"model.dtype={dtype}")
+        assert recipe.optim.name == name
+        assert recipe_notes(recipe) == []
+        check_recipe(recipe)
+    assert recipe_with("optim.name=adamw").optim.name == "adamw"
+
+
 def test_notes_say_what_is_rarely_meant() -> None:
-    assert any("rounds small updates away" in note for note in recipe_notes(recipe_with()))
+    assert any("rounds small updates away" in note for note in recipe_notes(recipe_with("optim.name=adamw")))
     assert recipe_notes(recipe_with("model.dtype=float32")) == []
     assert any("no checkpoint" in note for note in recipe_notes(recipe_with("checkpoint.save_last=false")))
 

@@ -122,7 +122,7 @@ def test_a_bare_name_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.
         ("  steps: 5", "  steps: 5\n  deterministic: 1", 7, "'train.deterministic' must be true or false"),
         ("  steps: 5", "  steps: [5", 7, "not valid YAML"),
         ("  steps: 5", "  steps:", 6, "'train.steps' must be a whole number, got nothing (null)"),
-        ("  lr: 1e-3", "  lr: 1\n  name: adam", 5, "must be one of adamw, flash_adamw, got the text 'adam'"),
+        ("  lr: 1e-3", "  lr: 1\n  name: adam", 5, "must be one of auto, adamw, flash_adamw, got the text 'adam'"),
         ("  lr: 1e-3", "  lr: 1\n  betas: 0.9", 5, "'optim.betas' must be a list, got the number 0.9"),
         ("  lr: 1e-3", "  lr: 1\n  betas:\n  - 0.9\n  - x", 7, "'optim.betas.1' must be a number, got the text 'x'"),
         ("random_tokens,", "random_tokens, train: a.jsonl,", 2, "'data.train' must be a list"),

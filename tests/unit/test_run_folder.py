@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import platform
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from moe_recipes.config.errors import CannotWriteError, CorruptCheckpointError, 
 from moe_recipes.config.recipe import Recipe
 from moe_recipes.config.resolve import recipe_from_dict
 from moe_recipes.config.run_folder import RunFolder, prepare_run, run_folder_of
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def recipe_with(*overrides: str) -> Recipe:
@@ -41,6 +44,32 @@ def test_prepare_writes_recipe_and_manifest(tmp_path: Path) -> None:
     assert json.loads(folder.manifest.read_text())["data"] == {"rows": 3}
 
 
+def test_the_manifest_names_the_commit_of_this_code_wherever_it_runs(tmp_path: Path, monkeypatch) -> None:
+    foreign = ["git", "-c", "user.name=x", "-c", "user.email=x", "-C", str(tmp_path)]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "x"]):
+        subprocess.run([*foreign, *words], check=True)
+    monkeypatch.chdir(tmp_path)
+    found = json.loads(prepare_run(recipe_with(), RunFolder("run")).manifest.read_text())["git"]
+    if not (ROOT / ".git").exists():
+        assert found is None
+        return
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found["commit"] == head.stdout.strip()
+
+
+def test_a_resume_with_other_code_is_an_event(tmp_path: Path) -> None:
+    folder = prepare_run(recipe_with(), RunFolder(tmp_path / "run"))
+    folder.metrics.touch()
+    prepare_run(recipe_with(), folder)
+    assert not folder.events.exists()
+    packages = json.loads(folder.manifest.read_text())["packages"]
+    folder.update_manifest(packages={**packages, "torch": "2.0"})
+    prepare_run(recipe_with(), folder)
+    (line,) = folder.events.read_text().splitlines()
+    assert json.loads(line)["event"] == "code changed"
+    assert json.loads(line)["changes"] == [["packages.torch", "2.0", version("torch")]]
+
+
 def test_default_place_is_runs_name() -> None:
     assert run_folder_of(recipe_with()).path == Path("runs/x")
     assert run_folder_of(recipe_with("run_dir=elsewhere")).path == Path("elsewhere")
@@ -49,6 +78,7 @@ def test_default_place_is_runs_name() -> None:
 def test_a_resume_may_change_only_what_trains_nothing(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     prepare_run(recipe_with(), folder)
+    folder.metrics.touch()
     allowed = ["log.every_steps=7", "checkpoint.every_steps=3", "checkpoint.export=false", "run_dir=x"]
     prepare_run(recipe_with(*allowed), folder)
     assert folder.read_recipe().log.every_steps == 7
@@ -70,8 +100,16 @@ def test_a_resume_may_change_only_what_trains_nothing(tmp_path: Path) -> None:
 )
 def test_everything_else_is_refused_on_resume(tmp_path: Path, override: str) -> None:
     folder = prepare_run(recipe_with(), RunFolder(tmp_path / "run"))
+    folder.ckpt.mkdir()
     with pytest.raises(RecipeError, match="use another run_dir"):
         prepare_run(recipe_with(override), folder)
+
+
+def test_a_start_that_trained_nothing_binds_nothing(tmp_path: Path) -> None:
+    folder = prepare_run(recipe_with("optim.lr=0.5"), RunFolder(tmp_path / "run"))
+    prepare_run(recipe_with(), folder)
+    assert folder.read_recipe() == recipe_with()
+    assert json.loads(folder.manifest.read_text())["recipe"]["optim"]["lr"] == 1e-5
 
 
 def test_unwritable_places_are_73(tmp_path: Path) -> None:

@@ -50,6 +50,15 @@ def test_a_wandb_that_raises_is_logged_and_ignored(tmp_path, monkeypatch, caplog
     assert "wandb stopped (no disk)" in caplog.text
 
 
+def test_a_run_id_that_cannot_be_kept_stops_nothing(tmp_path, monkeypatch, caplog):
+    (tmp_path / "wandb_id").mkdir()
+    log = broken(tmp_path, monkeypatch, "def init(**k): raise AssertionError('not reached')")
+    log.log(1, {"loss": 1.0})
+    log.close()
+    assert "wandb stopped" in caplog.text
+    assert "wandb_id" in caplog.text
+
+
 def test_a_wandb_that_hangs_is_left_behind(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(wandb_log, "CLOSE_TIMEOUT_S", 0.2)
     log = broken(tmp_path, monkeypatch, "def init(**k): time.sleep(30)")
