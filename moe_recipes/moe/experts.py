@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.integrations.moe import _default_apply_gate
+from transformers.integrations.moe import _default_apply_gate, grouped_mm_experts_forward
 
 from moe_recipes.kernels.rows import RowMap, make_row_map, sum_rows, take_rows
 from moe_recipes.kernels.swiglu import swiglu
@@ -55,11 +55,7 @@ def _grouped_linear(
 ) -> Tensor:
     """Row n times its own expert's weight, ``[e, out, in]`` or, transposed, ``[e, in, out]``."""
     weight_eIO = weight if transposed else weight.transpose(-2, -1)
-    if torch.compiler.is_compiling() and weight.dtype != torch.bfloat16:
-        # torch.compile traces the grouped kernel in bfloat16 only; this is Transformers' loop over the experts.
-        out = torch.ops.transformers.grouped_mm_fallback(x_ND.to(weight.dtype), weight_eIO, offs=order.ends_e)
-    else:
-        out = F.grouped_mm(x_ND.to(weight.dtype), weight_eIO, offs=order.ends_e)
+    out = F.grouped_mm(x_ND.to(weight.dtype), weight_eIO, offs=order.ends_e)
     return out if bias is None else out + bias[order.expert_N.long()]
 
 
@@ -113,9 +109,14 @@ def routed_experts(
 def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """``routed_experts`` under the signature of Transformers' ``ALL_EXPERTS_FUNCTIONS``.
 
+    While ``torch.compile`` traces, Transformers' own function computes: it is made for tracing, and torch 2.11 traces
+    the backward pass of this one wrongly.
+
     Under a dispatcher of Transformers, slots of other ranks carry the id ``num_experts``: they are counted out here,
     which costs one host sync. The dispatcher of this package knows the count and does not come through here.
     """
+    if torch.compiler.is_compiling():
+        return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     num_rows = None
     if self._is_expert_parallel:
         num_rows = int((top_k_index < self.num_experts).sum())

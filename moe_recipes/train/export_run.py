@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors.torch import save as to_bytes
-from transformers import PreTrainedModel
 
 from moe_recipes.checkpoint.store import load_checkpoint
 from moe_recipes.config.errors import MissingInputError, NotFiniteError
 from moe_recipes.config.recipe import Recipe
 from moe_recipes.config.resolve import recipe_from_dict
 from moe_recipes.config.run_folder import RunFolder
-from moe_recipes.models.build import Source, read_source
+from moe_recipes.models.build import read_source
 from moe_recipes.models.export import export_model
 from moe_recipes.runtime.files import replace_durably
 from moe_recipes.runtime.sharding import local_tensor, reshard
@@ -29,34 +26,11 @@ from moe_recipes.runtime.versions import check_versions
 from moe_recipes.runtime.world import World, agree, barrier, join_world, sum_over_ranks, together
 from moe_recipes.train.process import run_rank
 from moe_recipes.train.resume import find_checkpoint
-from moe_recipes.train.run import WEIGHTS, make_model, model_entries, model_identity
+from moe_recipes.train.run import WEIGHTS, Trained, make_model, model_entries, model_identity
 
 logger = logging.getLogger("moe_recipes")
 PROBE = "export_probe.safetensors"
 PROBE_TOKENS = 32
-
-
-class Trained(Protocol):
-    """What an export needs of a run; a whole ``Run`` has it, and so has what is left when only weights are loaded."""
-
-    recipe: Recipe
-    folder: RunFolder
-    world: World
-    source: Source
-    model: PreTrainedModel
-    step: int
-
-
-@dataclass(kw_only=True)
-class Weights:
-    """A model with the weights of a checkpoint: no data, no optimizer."""
-
-    recipe: Recipe
-    folder: RunFolder
-    world: World
-    source: Source
-    model: PreTrainedModel
-    step: int
 
 
 def check_weights(run: Trained) -> None:
@@ -121,7 +95,7 @@ def export_run(run: Trained) -> None:
         run.folder.append_event("export", step=run.step, path=str(run.folder.export))
 
 
-def load_weights(recipe: Recipe, folder: RunFolder, world: World) -> Weights:
+def load_weights(recipe: Recipe, folder: RunFolder, world: World) -> Trained:
     """The model of a run with the weights of its newest checkpoint. Needs neither its data nor its optimizer.
 
     Raises:
@@ -143,7 +117,7 @@ def load_weights(recipe: Recipe, folder: RunFolder, world: World) -> Weights:
             part=WEIGHTS,
         )
     )
-    return Weights(recipe=recipe, folder=folder, world=world, source=source, model=model, step=state["step"])
+    return Trained(recipe=recipe, folder=folder, world=world, source=source, model=model, step=state["step"])
 
 
 def _export(run_dir: Path, recipe_json: str, *, cpu: bool) -> None:

@@ -28,7 +28,7 @@ def save(run: Run) -> None:
         run.step,
         entries=run.entries(),
         rank_tensors=run.rank_tensors(),
-        state={"step": run.step, "history": run.history},
+        state={"step": run.step},
         identity=run.identity,
         rank=run.world.rank,
         num_ranks=run.world.size,
@@ -92,7 +92,6 @@ def resume(run: Run) -> None:
     if state["rank_tensors_loaded"]:
         run.restore_rank_tensors(generators)
     run.step = run.last_durable_step = state["step"]
-    run.history = state["history"]
     if run.world.is_main:
         run.folder.append_event("resume", step=run.step, path=str(path))
         logger.info("continuing %s after step %d", path, run.step)

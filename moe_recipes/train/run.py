@@ -8,7 +8,7 @@ import os
 import random
 import shutil
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +39,23 @@ WEIGHTS = "model."
 
 
 @dataclass(kw_only=True)
-class Run:
-    """One training run on this rank. ``step`` counts finished optimizer steps."""
+class Trained:
+    """A model on this rank, and the run that it comes from: all that an export needs."""
 
     recipe: Recipe
     folder: RunFolder
     world: World
     source: Source
-    tokenizer: PreTrainedTokenizerBase | None
     model: PreTrainedModel
+    step: int = 0
+    """Finished optimizer steps."""
+
+
+@dataclass(kw_only=True)
+class Run(Trained):
+    """One training run on this rank."""
+
+    tokenizer: PreTrainedTokenizerBase | None
     optimizer: torch.optim.Optimizer
     clip: GradientClip
     batches: Batches
@@ -55,9 +63,7 @@ class Run:
     load: ExpertLoad | None
     optimizations: list[Optimization]
     identity: dict[str, Any]
-    step: int = 0
     last_durable_step: int = 0
-    history: dict[str, Any] = field(default_factory=dict)
 
     @property
     def dp_size(self) -> int:

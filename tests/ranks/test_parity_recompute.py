@@ -138,7 +138,7 @@ def kept_bytes(block: Callable[..., Any], hidden: torch.Tensor) -> int:
         gc.collect()
         found = {}
         for item in gc.get_objects():
-            if isinstance(item, torch.Tensor):
+            if type(item) in (torch.Tensor, torch.nn.Parameter):  # traced tensors have no memory
                 storage = item.untyped_storage()
                 found[storage.data_ptr()] = storage.nbytes()
         return found

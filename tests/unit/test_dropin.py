@@ -274,19 +274,18 @@ def test_loss_has_the_meaning_of_transformers(folder: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_torch_compile(folder: Path, dtype: torch.dtype) -> None:
+    """Compiled, Transformers' own experts compute, so the outside reference is Transformers, not compiled."""
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    expected = plain(IDS, labels=IDS).loss
+    expected.backward()
     ours = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    eager = ours(IDS, labels=IDS).loss
-    eager.backward()
-    expected = {name: parameter.grad.clone() for name, parameter in ours.named_parameters()}
-    ours.zero_grad()
     torch._dynamo.reset()
     compiled = torch.compile(ours, backend="aot_eager")(IDS, labels=IDS).loss
     compiled.backward()
-    torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=0)
-    # bfloat16 sums are taken in another order.
     tolerance = {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.1, "atol": 2e-3}
-    for name, parameter in ours.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name], msg=name, **tolerance)
+    torch.testing.assert_close(compiled, expected, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=0)
+    for (name, parameter), other in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, msg=name, **tolerance)
 
 
 def test_one_line_says_what_was_applied(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
