@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import re
 import textwrap
@@ -51,7 +52,12 @@ def moe_blocks(model: nn.Module) -> list[MoeBlock]:
 
 def forward_source(module: nn.Module) -> ast.FunctionDef | None:
     """The parsed forward of the module's class, without decorators' wrappers; None where there is no source."""
-    forward = next((base.__dict__["forward"] for base in type(module).__mro__ if "forward" in base.__dict__), None)
+    return _forward_source_of(type(module))
+
+
+@functools.cache  # a model has hundreds of modules of a few classes
+def _forward_source_of(kind: type[nn.Module]) -> ast.FunctionDef | None:
+    forward = next((base.__dict__["forward"] for base in kind.__mro__ if "forward" in base.__dict__), None)
     try:
         function = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(forward)))).body[0]  # type: ignore[arg-type]
     except (OSError, TypeError, SyntaxError):
