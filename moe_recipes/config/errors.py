@@ -110,6 +110,11 @@ def exit_code_of(error: BaseException) -> int:
     return error.exit_code if isinstance(error, MoeRecipesError) else EXIT_INTERNAL
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, on one line; its class where it says nothing."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``; did you mean 'x'?`` for the closest known word, else the list of known words."""
     known = sorted(known)

@@ -19,7 +19,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from moe_recipes.config.errors import DataError
+from moe_recipes.config.errors import DataError, first_line
 from moe_recipes.data.shapes import Chat, Completion, Example, RowProblem, Text
 
 _MARK = "\ue000"
@@ -244,5 +244,5 @@ class Encoder:
 
 
 def _template_problem(error: Exception) -> RowProblem:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = first_line(error)
     return RowProblem(f"the chat template refuses this chat: {reason}")

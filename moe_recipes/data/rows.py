@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from moe_recipes.config.errors import DataError, EnvironmentMismatchError, MissingInputError
+from moe_recipes.config.errors import DataError, EnvironmentMismatchError, MissingInputError, first_line
 from moe_recipes.data.shapes import ROW_KEYS, RowProblem
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
@@ -94,18 +94,12 @@ def _open_hf(entry: str, *, key: str, revision: str | None) -> Source:
     try:
         dataset = datasets.load_dataset(identifier, split=split, revision=revision)
     except datasets.exceptions.DatasetGenerationError as error:
-        raise DataError(
-            f"{key}: {entry} is damaged: {_first_line(error.__cause__ or error)}; fetch it again"
-        ) from error
+        raise DataError(f"{key}: {entry} is damaged: {first_line(error.__cause__ or error)}; fetch it again") from error
     except (OSError, ValueError) as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         place = f"split {split!r}, revision {revision}"
         raise MissingInputError(f"{key}: cannot load {entry} ({place}): {reason}") from error
     return Source(name=f"hf:{identifier}:{split}", kind="hf", dataset=dataset)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def content_hash(source: Source) -> str:
@@ -183,7 +177,7 @@ def _read_parquet(source: Source) -> Iterator[tuple[int, dict[str, Any] | RowPro
                     line += 1
                     yield line, row
     except pyarrow.ArrowException as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise DataError(f"{source.where(line + 1)}: the Parquet file is damaged: {reason}; copy it again") from error
     except OSError as error:
         raise MissingInputError(f"{source.name} cannot be read: {error}") from error

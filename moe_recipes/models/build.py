@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.distributed import DistributedConfig
 
 from moe_recipes.config.checks import check_model_config
-from moe_recipes.config.errors import CorruptCheckpointError, MissingInputError, RecipeError
+from moe_recipes.config.errors import CorruptCheckpointError, MissingInputError, RecipeError, first_line
 from moe_recipes.config.model_config import find_model_config, read_model_config
 from moe_recipes.config.recipe import Recipe
 from moe_recipes.models.auto import AutoModelForCausalLM
@@ -232,7 +232,7 @@ def load_tokenizer(recipe: Recipe, source: Source) -> PreTrainedTokenizerBase | 
         return AutoTokenizer.from_pretrained(place, local_files_only=True)
     except (OSError, ValueError) as error:
         if Path(place).is_dir():
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise MissingInputError(
                 f"model.tokenizer: the folder {place!r} holds no usable tokenizer ({reason}); put tokenizer.json and"
                 f" tokenizer_config.json there, or name another folder"
