@@ -9,13 +9,37 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from torch import nn
-from transformers import PreTrainedModel
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, masking_utils
 
 from moe_recipes.models.blocks import forward_source
 
 _STATE = re.compile(r"mamba|deltanet|rglru|rwkv|recurrent|linearattention|lightning|shortconv", re.IGNORECASE)
+
+
+@contextmanager
+def borders_found_on_the_host(position_ids_BS: Tensor, device: torch.device) -> Iterator[None]:
+    """While a batch runs: Transformers' mask functions get the documents of its rows from here.
+
+    They look for borders on the device and wait for the answer at the start of every forward pass, behind all that
+    the device still has to do, such as the last optimizer step. The same function on the batch's CPU tensor gives the
+    same answer without the wait.
+
+    Args:
+        position_ids_BS: int64, on the CPU.
+    """
+    find = masking_utils.find_packed_sequence_indices
+    documents_BS = find(position_ids_BS)
+    on_device = None if documents_BS is None else documents_BS.to(device, non_blocking=True)
+    masking_utils.find_packed_sequence_indices = lambda position_ids: on_device
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = find
 
 
 def why_not_packed(model: PreTrainedModel) -> str | None:

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moe_recipes.config.errors import NotFiniteError, StoppedError
 from moe_recipes.data.loader import Batch
+from moe_recipes.models.packing import borders_found_on_the_host
 from moe_recipes.moe.expert_load import max_violation
 from moe_recipes.plan.flops import FORMULA, peak_flops, train_flops_per_token
 from moe_recipes.runtime.sharding import reshard
@@ -23,6 +24,7 @@ from moe_recipes.train.metrics import Metrics, device_memory
 from moe_recipes.train.optim import learning_rate
 from moe_recipes.train.resume import save
 from moe_recipes.train.run import Run
+from moe_recipes.train.shakedown import die_if_asked
 from moe_recipes.train.wandb_log import WandbLog
 
 logger = logging.getLogger("moe_recipes")
@@ -44,17 +46,27 @@ class StepStats:
     num_tokens: int
 
 
+def load_step(run: Run, step: int) -> list[Batch]:
+    """The microbatches of a step on this rank, in pinned memory for a GPU: copies from other memory wait for it."""
+    batches = run.batches.step(step)
+    if run.world.device.type != "cuda":
+        return batches
+    tensors = ("input_ids", "position_ids", "shift_labels")
+    return [replace(batch, **{name: getattr(batch, name).pin_memory() for name in tensors}) for batch in batches]
+
+
 def batch_loss(run: Run, batch: Batch) -> tuple[Tensor, Tensor | None]:
     """Summed loss of one microbatch on this rank, and its load-balancing loss if there is one: float32 scalars."""
     device = run.world.device
     # Without packing the positions are 0, 1, 2 ...: left out, attention takes its plain causal kernel.
     packed = run.recipe.data.format != "random_tokens"
     extra = {"position_ids": batch.position_ids.to(device, non_blocking=True)} if packed else {}
-    return run.model(
-        input_ids=batch.input_ids.to(device, non_blocking=True),
-        shift_labels=batch.shift_labels.to(device, non_blocking=True),
-        **extra,
-    )
+    with borders_found_on_the_host(batch.position_ids, device):
+        return run.model(
+            input_ids=batch.input_ids.to(device, non_blocking=True),
+            shift_labels=batch.shift_labels.to(device, non_blocking=True),
+            **extra,
+        )
 
 
 def forward_backward(run: Run, batches: list[Batch], *, num_label_tokens: float) -> tuple[Tensor, Tensor]:
@@ -62,13 +74,12 @@ def forward_backward(run: Run, batches: list[Batch], *, num_label_tokens: float)
     loss, aux = torch.zeros(2, device=run.world.device).unbind()
     for batch in batches:
         loss_sum, aux_loss = batch_loss(run, batch)
-        share = loss_sum / max(1.0, num_label_tokens)
-        target = share * run.dp_size  # undoes FSDP's average over dp_size
-        loss += share.detach()
+        target = loss_sum / max(1.0, num_label_tokens)  # a share: gradients are summed over ranks and microbatches
+        loss += target.detach()
         if aux_loss is not None:
-            # A mean over ranks and microbatches, as gradients are: no factor dp_size.
-            target = target + run.recipe.train.router_aux_loss_coef * aux_loss / len(batches)
-            aux += aux_loss.detach() / (len(batches) * run.dp_size)
+            aux_share = aux_loss / (len(batches) * run.dp_size)
+            target = target + run.recipe.train.router_aux_loss_coef * aux_share
+            aux += aux_share.detach()
         target.backward()
     return loss, aux
 
@@ -81,9 +92,9 @@ def train_step(run: Run, batches: list[Batch]) -> StepStats:
     """
     labels, tokens = sum_over_ranks(sum(b.num_label_tokens for b in batches), sum(b.num_tokens for b in batches))
     shares = forward_backward(run, batches, num_label_tokens=labels)
-    norm = run.clip()
-    loss_sum, aux_loss = sum_over_ranks(*torch.stack(shares).tolist())
-    grad_norm = norm.item()
+    # The step's one wait for the device outside the layers: a step that is not finite must change no weight.
+    *shares_here, grad_norm = torch.stack([*shares, run.clip.norm()]).tolist()
+    loss_sum, aux_loss = sum_over_ranks(*shares_here)
     if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
         rows = [row for batch in batches for row in batch.row_ids]
         logger.error("rank %d read the packed rows %s in step %d", run.world.rank, rows, run.step + 1)
@@ -91,6 +102,7 @@ def train_step(run: Run, batches: list[Batch]) -> StepStats:
             f"step {run.step + 1}: loss {loss_sum}, gradient norm {grad_norm}; weights were left as they were;"
             f" lower optim.lr, or look at the rows that the log names"
         )
+    run.clip.scale(grad_norm, run.optimizer)
     lr = learning_rate(run.recipe.optim, step=run.step, steps=run.recipe.train.steps)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
@@ -132,6 +144,7 @@ class Reporter:
         name = torch.cuda.get_device_name(run.world.device) if run.world.device.type == "cuda" else "CPU"
         self.peak = peak_flops(name)
         self.metrics = self.wandb = None
+        self.first_step = run.step + 1
         if run.world.is_main:
             self.metrics = Metrics(run.folder.metrics, first_step=run.step, total_steps=recipe.train.steps)
             self.wandb = WandbLog(
@@ -181,7 +194,9 @@ class Reporter:
                     layer: row.tolist() for layer, row in zip(run.load.layers, counts, strict=True)
                 }
         if run.validation is not None and run.step % recipe.train.validate_every_steps == 0:
+            start = time.perf_counter()
             record["validation_loss"] = validate(run)
+            record["validation_s"] = time.perf_counter() - start
         if self.metrics is not None and self.wandb is not None:
             self.metrics.write(record)
             self.wandb.log(run.step, record)
@@ -189,6 +204,8 @@ class Reporter:
                 extra = f" | validation {record['validation_loss']:.4f}" if "validation_loss" in record else ""
                 logger.info("%s%s", self.metrics.line(record), extra)
             run.folder.write_status("running", step=run.step, last_durable_step=run.last_durable_step)
+            if run.step == self.first_step:
+                run.folder.append_event("first step", step=run.step, step_s=round(step_s, 3))
 
     def close(self) -> None:
         if self.metrics is not None and self.wandb is not None:
@@ -215,19 +232,20 @@ def train(run: Run, stop: StopFlag) -> str:
     recipe, reporter = run.recipe, Reporter(run)
     last_step, every = recipe.train.steps, recipe.checkpoint.every_steps
     with ThreadPoolExecutor(max_workers=1) as loader:
-        upcoming = loader.submit(run.batches.step, run.step)
+        upcoming = loader.submit(load_step, run, run.step)
         while run.step < last_step:
             start = time.perf_counter()
             batches = upcoming.result()
             data_wait_s = time.perf_counter() - start
             if run.step + 1 < last_step:
-                upcoming = loader.submit(run.batches.step, run.step + 1)
+                upcoming = loader.submit(load_step, run, run.step + 1)
             stats = train_step(run, batches)
             reporter.report(stats, step_s=time.perf_counter() - start, data_wait_s=data_wait_s)
             signalled, stopped, asked_to_save = _requests(run, stop)
             finished = run.step == last_step and recipe.checkpoint.save_last
             if signalled or stopped or asked_to_save or finished or (every and run.step % every == 0):
                 save(run)
+                die_if_asked(run.folder, rank=run.world.rank, step=run.step)
                 if run.world.is_main and asked_to_save:
                     run.folder.save_file.unlink(missing_ok=True)
                 if run.world.is_main and stopped:

@@ -27,6 +27,7 @@ from moe_recipes.models.blocks import moe_blocks
 from moe_recipes.models.build import Source, build_model, load_tokenizer, read_source, tokenizer_hash
 from moe_recipes.models.loss import install_loss
 from moe_recipes.models.packing import why_not_packed
+from moe_recipes.models.whole_experts import sum_gradients
 from moe_recipes.moe.expert_load import ExpertLoad
 from moe_recipes.runtime.optimizations import Optimization, describe
 from moe_recipes.runtime.sharding import local_rows, local_tensor
@@ -179,6 +180,7 @@ def setup(recipe: Recipe, folder: RunFolder, world: World) -> Run:
     batches, validation = open_batches(recipe, folder, world, tokenizer, vocab_size=source.vocab_size)
     model = make_model(recipe, source)
     model.train()
+    sum_gradients(model)
     found = list(model.moe_recipes_optimizations)
     full = recipe.train.activation_checkpointing == "full"
     if full:
