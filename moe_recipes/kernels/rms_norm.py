@@ -21,11 +21,18 @@ def rms_norm_reference(x_RD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 @triton.jit
-def _forward_kernel(x, weight, out, scale, rows, eps, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _forward_kernel(  # type: ignore[no-untyped-def]
+    x, residual, weight, out, total, scale, rows, eps,
+    ADD: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     inside = (row < rows) & (column < D)
     value = tl.load(x + row * D + column, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        value += tl.load(residual + row * D + column, mask=inside, other=0.0).to(tl.float32)
+        value = value.to(total.dtype.element_ty).to(tl.float32)
+        tl.store(total + row * D + column, value.to(total.dtype.element_ty), mask=inside)
     inverse = tl.rsqrt(tl.sum(value * value, axis=1, keep_dims=True) / D + eps)
     normed = (value * inverse).to(out.dtype.element_ty).to(tl.float32)
     w = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
@@ -35,18 +42,9 @@ def _forward_kernel(x, weight, out, scale, rows, eps, D: tl.constexpr, ROWS: tl.
 
 @triton.jit
 def _backward_kernel(  # type: ignore[no-untyped-def]
-    grad,
-    x,
-    weight,
-    scale,
-    grad_x,
-    partial,
-    rows,
-    TILES: tl.constexpr,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    grad, grad_total, x, weight, scale, grad_x, partial, rows,
+    ADD: tl.constexpr, TILES: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     column = tl.arange(0, BLOCK)[None, :]
     w = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
@@ -61,7 +59,10 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         total += g * normed.to(grad.dtype.element_ty).to(tl.float32)
         gw = g * w
         mean = tl.sum(gw * normed, axis=1, keep_dims=True) / D
-        tl.store(grad_x + row * D + column, (inverse * (gw - normed * mean)).to(grad_x.dtype.element_ty), mask=inside)
+        result = inverse * (gw - normed * mean)
+        if ADD:
+            result += tl.load(grad_total + row * D + column, mask=inside, other=0.0).to(tl.float32)
+        tl.store(grad_x + row * D + column, result.to(grad_x.dtype.element_ty), mask=inside)
     column_1d = tl.arange(0, BLOCK)
     tl.store(partial + program * D + column_1d, tl.sum(total, axis=0), mask=column_1d < D)
 
@@ -72,33 +73,54 @@ def _tile(columns: int) -> tuple[int, int]:
     return max(1, TILE_ELEMENTS // block), block
 
 
+def launch_forward(
+    x_RD: Tensor, residual_RD: Tensor | None, weight_D: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Norm of ``x``, or of ``x + residual``: the norm, what was normalised, and float32 ``1 / rms`` of each row.
+
+    Needs Triton and rows side by side.
+    """
+    rows, columns = x_RD.shape
+    out, scale = torch.empty_like(x_RD), torch.empty(rows, dtype=torch.float32, device=x_RD.device)
+    total = x_RD if residual_RD is None else torch.empty_like(x_RD)
+    tile, block = _tile(columns)
+    _forward_kernel[(-(-rows // tile),)](
+        x_RD, x_RD if residual_RD is None else residual_RD, weight_D, out, total, scale, rows, eps,
+        ADD=residual_RD is not None, D=columns, ROWS=tile, BLOCK=block,
+    )  # fmt: skip
+    return out, total, scale
+
+
+def launch_backward(
+    grad_RD: Tensor, grad_total_RD: Tensor | None, x_RD: Tensor, weight_D: Tensor, scale_R: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the normalised rows, ``grad_total`` added if given, and of the weight."""
+    rows, columns = x_RD.shape
+    tile, block = _tile(columns)
+    tiles = -(-rows // tile)
+    # A power of two, so that few variants are compiled.
+    tiles_each = power_of_two(-(-tiles // MAX_PROGRAMS))
+    programs = -(-tiles // tiles_each)
+    grad_x = torch.empty_like(x_RD)
+    partial = torch.empty(programs, columns, dtype=torch.float32, device=x_RD.device)
+    grad_RD = grad_RD.contiguous()
+    _backward_kernel[(programs,)](
+        grad_RD, grad_RD if grad_total_RD is None else grad_total_RD.contiguous(), x_RD, weight_D, scale_R, grad_x,
+        partial, rows, ADD=grad_total_RD is not None, TILES=tiles_each, D=columns, ROWS=tile, BLOCK=block,
+    )  # fmt: skip
+    return grad_x, partial.sum(dim=0).to(weight_D.dtype)
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_RD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        rows, columns = x_RD.shape
-        out, scale = torch.empty_like(x_RD), torch.empty(rows, dtype=torch.float32, device=x_RD.device)
-        tile, block = _tile(columns)
-        grid = (-(-rows // tile),)
-        _forward_kernel[grid](x_RD, weight_D, out, scale, rows, eps, D=columns, ROWS=tile, BLOCK=block)
+        out, _, scale = launch_forward(x_RD, None, weight_D, eps)
         ctx.save_for_backward(x_RD, weight_D, scale)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, Tensor, None]:
-        x_RD, weight_D, scale = ctx.saved_tensors
-        rows, columns = x_RD.shape
-        tile, block = _tile(columns)
-        tiles = -(-rows // tile)
-        # A power of two, so that few variants are compiled.
-        tiles_each = power_of_two(-(-tiles // MAX_PROGRAMS))
-        programs = -(-tiles // tiles_each)
-        grad_x = torch.empty_like(x_RD)
-        partial = torch.empty(programs, columns, dtype=torch.float32, device=x_RD.device)
-        _backward_kernel[(programs,)](
-            grad_RD.contiguous(), x_RD, weight_D, scale, grad_x, partial, rows,
-            TILES=tiles_each, D=columns, ROWS=tile, BLOCK=block,
-        )  # fmt: skip
-        return grad_x, partial.sum(dim=0).to(weight_D.dtype), None
+        return *launch_backward(grad_RD, None, *ctx.saved_tensors), None
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -108,4 +130,5 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """
     if not use_triton(x) or x.numel() == 0 or x.dtype != weight_D.dtype:
         return rms_norm_reference(x, weight_D, eps)
-    return _RMSNorm.apply(x.reshape(-1, x.shape[-1]), weight_D, eps).view(x.shape)
+    # The kernel counts on rows side by side; a slice of a wider tensor is not.
+    return _RMSNorm.apply(x.reshape(-1, x.shape[-1]).contiguous(), weight_D, eps).view(x.shape)

@@ -109,7 +109,8 @@ def _blocks(columns: int) -> tuple[int, int]:
     return block, -(-columns // block)
 
 
-def _take(x_TD: Tensor, rows: RowMap) -> Tensor:
+def gather_rows(x_TD: Tensor, rows: RowMap) -> Tensor:
+    """``take_rows`` without autograd."""
     if not use_triton(x_TD) or len(rows.slot_N) == 0:
         return x_TD.index_select(0, rows.token_N)
     x_TD, columns = x_TD.contiguous(), x_TD.shape[1]
@@ -152,11 +153,16 @@ def _sum_backward(grad_TD: Tensor, y_ND: Tensor, weight_TJ: Tensor, rows: RowMap
     return grad_y, grad_weight
 
 
+def weighted_row_sum(y_ND: Tensor, rows: RowMap, weight_TJ: Tensor | None) -> Tensor:
+    """``sum_rows`` without autograd."""
+    return _sum(y_ND, rows.row_TJ, weight_TJ)
+
+
 class _TakeRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, rows: RowMap) -> Tensor:
         ctx.rows = rows
-        return _take(x_TD, rows)
+        return gather_rows(x_TD, rows)
 
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None]:
@@ -175,7 +181,7 @@ class _SumRows(torch.autograd.Function):
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor | None, None]:
         y_ND, weight_TJ = ctx.saved_tensors
         if weight_TJ is None:
-            return _take(grad_TD, ctx.rows), None, None
+            return gather_rows(grad_TD, ctx.rows), None, None
         return *_sum_backward(grad_TD, y_ND, weight_TJ, ctx.rows), None
 
 

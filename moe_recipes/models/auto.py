@@ -18,8 +18,12 @@ from transformers.distributed import DistributedConfig
 from moe_recipes.config.errors import RecipeError
 from moe_recipes.models.blocks import moe_blocks
 from moe_recipes.models.disk_keys import accept_disk_keys
+from moe_recipes.models.fused_attention import fuse_attention
 from moe_recipes.models.fused_norms import fuse_norms
+from moe_recipes.models.fused_residual import fuse_residual
 from moe_recipes.models.sharded_init import initialize_shards
+from moe_recipes.models.time_step import honour_time_step_limit
+from moe_recipes.models.whole_experts import average_gradients, whole_experts_stay_whole
 from moe_recipes.moe import EXPERTS, all_to_all
 from moe_recipes.moe.recompute import checkpoint_contexts, route_once
 from moe_recipes.runtime.optimizations import Optimization, describe
@@ -89,8 +93,12 @@ def _finish(
         found = [Optimization("fused experts", False, f"experts_implementation is {used!r}")]
     else:
         found = [Optimization("fused experts", True, f"{len(blocks)} layers, grouped matrix products")]
-    found.append(fuse_norms(model))
+    found += [fuse_norms(model), fuse_attention(model), fuse_residual(model)]
+    if (limits := honour_time_step_limit(model)) is not None:
+        found.append(limits)
     found.append(_dispatch(layout, has_experts=bool(blocks)))
+    if whole := average_gradients(model):
+        found.append(Optimization("whole experts outside FSDP2", True, f"{whole} layers, one owner an expert"))
     found.append(
         Optimization(
             "router kept under recomputation",
@@ -142,7 +150,8 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         if layout is not None:
             kwargs["distributed_config"] = layout
         experts = _requested_experts(kwargs.get("experts_implementation"), kwargs.get("config"))
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        with whole_experts_stay_whole():
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model, *info = loaded if isinstance(loaded, tuple) else (loaded,)
         model = _finish(model, experts=experts, layout=layout)
         return (model, *info) if info else model  # type: ignore[return-value]
@@ -168,7 +177,8 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         config = copy.deepcopy(config)  # a plain model that is made of the caller's config must stay plain
         if layout is None:
             return _finish(super().from_config(config, **kwargs), experts=experts, layout=None)
-        model = draw_plain_model(config, layout, seed=_agreed_seed(seed), **kwargs)
+        with whole_experts_stay_whole():
+            model = draw_plain_model(config, layout, seed=_agreed_seed(seed), **kwargs)
         return _finish(model, experts=experts, layout=layout)
 
 

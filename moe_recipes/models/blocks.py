@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ast
 import functools
+import hashlib
 import inspect
 import re
 import textwrap
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +55,56 @@ def moe_blocks(model: nn.Module) -> list[MoeBlock]:
 
 def forward_source(module: nn.Module) -> ast.FunctionDef | None:
     """The parsed forward of the module's class, without decorators' wrappers; None where there is no source."""
-    return _forward_source_of(type(module))
+    return forward_source_of(type(module))
 
 
 @functools.cache  # a model has hundreds of modules of a few classes
-def _forward_source_of(kind: type[nn.Module]) -> ast.FunctionDef | None:
-    forward = next((base.__dict__["forward"] for base in kind.__mro__ if "forward" in base.__dict__), None)
+def forward_source_of(kind: type[nn.Module]) -> ast.FunctionDef | None:
+    """As ``forward_source``, of a class."""
+    return _parsed(next((base.__dict__["forward"] for base in kind.__mro__ if "forward" in base.__dict__), None))
+
+
+def _parsed(function: Any) -> ast.FunctionDef | None:
     try:
-        function = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(forward)))).body[0]  # type: ignore[arg-type]
+        parsed = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function)))).body[0]
     except (OSError, TypeError, SyntaxError):
         return None
-    return function if isinstance(function, ast.FunctionDef) else None
+    return parsed if isinstance(parsed, ast.FunctionDef) else None
+
+
+def body_of(function: ast.FunctionDef) -> str:
+    """What a function does, as text without comments and docstring."""
+    body = [node for node in function.body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))]
+    return "\n".join(map(ast.unparse, body))
+
+
+def fingerprint(*functions: Any) -> str:
+    """Hash of the parameters and bodies of functions; comments, docstrings and decorators do not count."""
+    parsed = [_parsed(function) for function in functions]
+    texts = ["" if each is None else f"{ast.unparse(each.args)}\n{body_of(each)}" for each in parsed]
+    return hashlib.sha256("\n\n".join(texts).encode()).hexdigest()[:16]
+
+
+def modules_of_class(model: nn.Module, kind: type[nn.Module]) -> list[nn.Module]:
+    """Modules of exactly this class whose forward nobody has replaced. FSDP2's own subclass in front does not count."""
+    found = []
+    for module in model.modules():
+        plain = next(base for base in type(module).__mro__ if not issubclass(base, FSDPModule))
+        if plain is kind and "forward" not in module.__dict__:
+            found.append(module)
+    return found
+
+
+def put_class(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Make a module one of ``kind``, a subclass of its class with another forward.
+
+    A module that FSDP2 has sharded stays one of FSDP2's: ``from_pretrained`` builds and shards in one call.
+    """
+    now = type(module)
+    module.__class__ = _sharded_class(now, kind) if issubclass(now, FSDPModule) else kind
+
+
+@functools.cache
+def _sharded_class(now: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
+    # As fully_shard does it: its mixin in front, then the class.
+    return type(now.__name__, (now.__bases__[0], kind), {"__deepcopy__": now.__dict__["__deepcopy__"]})

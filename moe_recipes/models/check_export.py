@@ -1,7 +1,8 @@
 """Is an export what it should be? ``python -m moe_recipes.models.check_export RUN_DIR``, in one process.
 
-Loads ``RUN/export`` with plain Transformers, nothing of this package, compares its logits with those that the trainer
-left in ``RUN/export_probe.safetensors``, and generates a line of text where there is a tokenizer.
+Loads ``RUN/export`` with plain Transformers, Mamba's time step limited as the config says, compares its logits with
+those that the trainer left in ``RUN/export_probe.safetensors``, and generates a line of text where it has a
+tokenizer.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import transformers
 from safetensors import safe_open
 
 from moe_recipes.config.errors import MissingInputError, MoeRecipesError, NotFiniteError
+from moe_recipes.models.time_step import honour_time_step_limit
 
 logger = logging.getLogger("moe_recipes")
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.06}
@@ -76,6 +78,7 @@ def main() -> int:
     try:
         probe, dtype = read_probe(run_dir)
         model = transformers.AutoModelForCausalLM.from_pretrained(run_dir / "export", dtype=dtype)
+        honour_time_step_limit(model)  # which plain Transformers ignores and the trainer does not
         difference = compare_logits(run_dir, model, probe, dtype)
         logger.info("export: loads in plain Transformers; logits differ by %.1e of the largest", difference)
         if (run_dir / "export" / "tokenizer.json").is_file():

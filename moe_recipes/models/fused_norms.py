@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ast
+import functools
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moe_recipes.kernels.rms_norm import rms_norm
 from moe_recipes.kernels.triton import use_triton
-from moe_recipes.models.blocks import forward_source
+from moe_recipes.models.blocks import body_of, forward_source_of
 from moe_recipes.runtime.optimizations import Optimization
 
 STANDARD_FORWARD = """\
@@ -19,15 +20,25 @@ hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
 return self.weight * hidden_states.to(input_dtype)"""
 
 
+@functools.cache  # asked for every call of a fused block
+def _computes_rms_norm(kind: type[nn.Module]) -> bool:
+    function = forward_source_of(kind)
+    return function is not None and body_of(function) == STANDARD_FORWARD
+
+
 def is_standard(module: nn.Module) -> bool:
     """True if the module's class has exactly the forward that the kernel replaces."""
-    if not hasattr(module, "variance_epsilon") or "forward" in module.__dict__:
-        return False
-    function = forward_source(module)
-    if function is None:
-        return False
-    body = [node for node in function.body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))]
-    return "\n".join(map(ast.unparse, body)) == STANDARD_FORWARD
+    return hasattr(module, "variance_epsilon") and "forward" not in module.__dict__ and _computes_rms_norm(type(module))
+
+
+def runs_alone(norm: nn.Module) -> bool:
+    """True while a call of the norm is the kernel's computation and nothing more, so that a larger kernel may do it:
+    no hook (tensor parallelism, FSDP2 and tracing tools set some), no wrapper such as PEFT's, a whole weight.
+    """
+    forward = norm.__dict__.get("forward")
+    hooks = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
+    plain = not hooks and (forward is None or isinstance(forward, _FusedForward))
+    return plain and _computes_rms_norm(type(norm)) and not isinstance(norm.weight, DTensor)
 
 
 class _FusedForward:

@@ -83,24 +83,27 @@ def make_plan(top_k_index_TK: Tensor, *, num_local_experts: int, group: dist.Pro
     counts_P2 = torch.stack([goes_PT.sum(1), slots_PT.sum(1)], dim=1)
     received_P2 = torch.empty_like(counts_P2)
     dist.all_to_all_single(received_P2, counts_P2, group=group)
+
+    # All that does not need the counts on the host comes before the wait for them: afterwards the device has nothing
+    # to do until it is told more. Places beyond the rows that are sent are filled too, and cut off below.
+    most_rows = num_tokens * min(num_ranks, top_k)
+    row_PT = goes_PT.flatten().cumsum(0).sub_(1).view(num_ranks, num_tokens)
+    slot_PT = torch.arange(num_tokens, device=device) * num_ranks + torch.arange(num_ranks, device=device)[:, None]
+    slot_S = torch.zeros(most_rows + 1, dtype=torch.int64, device=device)
+    # Pairs that are not sent write to a spare last place.
+    slot_S = slot_S.scatter_(0, torch.where(goes_PT, row_PT, most_rows).flatten(), slot_PT.flatten())[:most_rows]
+    row_TP = torch.where(goes_PT, row_PT, -1).T.contiguous()
+    token_S, rank_S = slot_S // num_ranks, slot_S % num_ranks
+    here_SK = rank_TK[token_S] == rank_S[:, None]
+    expert_SK = torch.where(here_SK, top_k_index_TK[token_S] % num_local_experts, num_local_experts)
+
     # The one device-to-host sync of the layer: the row exchange needs its counts on the host.
     sent_host, received_host = torch.stack([counts_P2, received_P2]).tolist()
     send_counts, recv_counts = [n for n, _ in sent_host], [n for n, _ in received_host]
     num_sent = sum(send_counts)
-
-    # Row of each (rank, token) pair in rank-major order; pairs that are not sent write to a spare last place.
-    row_PT = goes_PT.flatten().cumsum(0).sub_(1).view(num_ranks, num_tokens)
-    row_PT = torch.where(goes_PT, row_PT, num_sent)
-    slot_PT = torch.arange(num_tokens, device=device) * num_ranks + torch.arange(num_ranks, device=device)[:, None]
-    slot_S = torch.empty(num_sent + 1, dtype=torch.int64, device=device)
-    slot_S = slot_S.scatter_(0, row_PT.flatten(), slot_PT.flatten())[:num_sent]
-    sent = RowMap(slot_N=slot_S, row_TJ=torch.where(goes_PT, row_PT, -1).T.contiguous())
-
-    token_S, rank_S = sent.token_N, slot_S % num_ranks
-    here_SK = rank_TK[token_S] == rank_S[:, None]
-    expert_SK = torch.where(here_SK, top_k_index_TK[token_S] % num_local_experts, num_local_experts)
     expert_RK = expert_SK.new_empty(sum(recv_counts), top_k)
-    dist.all_to_all_single(expert_RK, expert_SK, recv_counts, send_counts, group=group)
+    dist.all_to_all_single(expert_RK, expert_SK[:num_sent], recv_counts, send_counts, group=group)
+    sent = RowMap(slot_N=slot_S[:num_sent], row_TJ=row_TP)
     return DispatchPlan(
         sent=sent,
         send_counts=send_counts,

@@ -15,6 +15,7 @@ from transformers.integrations.moe import _default_apply_gate, grouped_mm_expert
 
 from moe_recipes.kernels.rows import RowMap, make_row_map, sum_rows, take_rows
 from moe_recipes.kernels.swiglu import swiglu
+from moe_recipes.moe.gated_experts import gated_experts
 from moe_recipes.moe.recompute import kept_once
 
 
@@ -59,14 +60,18 @@ def _grouped_linear(
     return out if bias is None else out + bias[order.expert_N.long()]
 
 
+def _is_swiglu(experts: nn.Module) -> bool:
+    """True if the activation is ``silu(gate) * up`` over halves."""
+    if not (experts.has_gate and experts.is_concatenated and type(experts)._apply_gate is _default_apply_gate):
+        return False  # a family with a gate of its own need not have an act_fn
+    return isinstance(experts.act_fn, nn.SiLU) or type(experts.act_fn).__name__ == "SiLUActivation"
+
+
 def _activate(experts: nn.Module, hidden_NF: Tensor) -> Tensor:
-    """The module's own activation, through the fused kernel where it is ``silu(gate) * up`` over halves."""
-    if not experts.has_gate:
-        return experts.act_fn(hidden_NF)
-    if not experts.is_concatenated or type(experts)._apply_gate is not _default_apply_gate:
-        return experts._apply_gate(hidden_NF)  # a family with a gate of its own need not have an act_fn
-    silu = isinstance(experts.act_fn, nn.SiLU) or type(experts.act_fn).__name__ == "SiLUActivation"
-    return swiglu(hidden_NF) if silu else experts._apply_gate(hidden_NF)
+    """The module's own activation, through the fused kernel where there is one."""
+    if _is_swiglu(experts):
+        return swiglu(hidden_NF)
+    return experts._apply_gate(hidden_NF) if experts.has_gate else experts.act_fn(hidden_NF)
 
 
 def expert_mlp(experts: nn.Module, x_ND: Tensor, order: ExpertOrder) -> Tensor:
@@ -102,6 +107,16 @@ def routed_experts(
         num_rows: the number of slots that are here, if the host knows it; otherwise all.
     """
     order = kept_once(lambda: sort_by_expert(local_index_TK, num_experts=experts.num_experts, num_rows=num_rows))
+    if _is_swiglu(experts) and not experts.has_bias and not getattr(experts, "has_post_expert_norm", False):
+        return gated_experts(
+            x_TD,
+            weight_TK,
+            experts.gate_up_proj,
+            experts.down_proj,
+            rows=order.rows,
+            ends_e=order.ends_e,
+            transposed=experts.is_transposed,
+        )
     y_ND = expert_mlp(experts, take_rows(x_TD, order.rows), order)
     return sum_rows(y_ND, order.rows, weight_TJ=weight_TK).to(x_TD.dtype)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moe_recipes.kernels import rows as row_kernels
+from moe_recipes.kernels.lean_adamw import Plan, Step, step_reference
 from moe_recipes.kernels.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_reference,
@@ -14,6 +15,8 @@ from moe_recipes.kernels.linear_cross_entropy import (
 )
 from moe_recipes.kernels.rms_norm import rms_norm, rms_norm_reference
 from moe_recipes.kernels.swiglu import swiglu, swiglu_reference
+from moe_recipes.moe.gated_experts import gated_experts
+from tests.unit.lean_parts import KINDS, copied, differing, new_part
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -120,3 +123,59 @@ def test_rms_norm_equals_reference(shape, dtype):
     assert relative(out, expected) < 2 * tolerance(dtype)
     assert relative(got[0], wanted[0]) < 2 * tolerance(dtype)
     assert relative(got[1], wanted[1]) < 2 * tolerance(dtype)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gated_experts_equal_float64_and_leave_empty_experts_alone(transposed):
+    tokens, slots, num_experts, width, hidden = 512, 4, 8, 96, 128
+    torch.manual_seed(0)
+    scores = torch.randn(tokens, num_experts, device="cuda")
+    scores[:, [0, 3, 7]] = -torch.inf  # first, middle and last expert without a row
+    index = scores.topk(slots).indices
+    ordered, order = index.flatten().sort(stable=True)
+    rows = row_kernels.make_row_map(order, num_tokens=tokens, num_slots=slots)
+    ends = torch.searchsorted(ordered, torch.arange(num_experts, device="cuda"), right=True, out_int32=True)
+    shapes = [(tokens, hidden), (tokens, slots), (num_experts, 2 * width, hidden), (num_experts, hidden, width)]
+    exact = [torch.randn(shape, device="cuda").bfloat16().double().requires_grad_() for shape in shapes]
+    upstream = torch.randn(tokens, hidden, device="cuda").bfloat16()
+    x, weight, gate_up, down = exact
+    expected = torch.zeros(tokens, hidden, device="cuda", dtype=torch.float64)
+    for expert in range(num_experts):
+        gate, up = (x @ gate_up[expert].T).chunk(2, dim=-1)
+        scale = (weight * (index == expert)).sum(dim=1, keepdim=True)
+        expected = expected + scale * ((torch.nn.functional.silu(gate) * up) @ down[expert].T)
+    expected.backward(upstream.double())
+
+    values = [value.detach().bfloat16() for value in exact]
+    if transposed:
+        values[2:] = [value.transpose(1, 2).contiguous() for value in values[2:]]
+    values = [value.requires_grad_() for value in values]
+    # Memory that kernels leave as they found it holds NaN, so that a gradient that nobody wrote shows.
+    torch.full((64 << 20,), float("nan"), device="cuda")
+    out = gated_experts(*values, rows=rows, ends_e=ends, transposed=transposed)
+    out.backward(upstream)
+    assert relative(out, expected) < 1e-2
+    for value, reference in zip(values, exact, strict=True):
+        assert value.grad is not None
+        assert reference.grad is not None
+        got = value.grad.transpose(1, 2) if transposed and value.ndim == 3 else value.grad
+        assert relative(got, reference.grad) < 1.5e-2
+    for value in values[2:]:
+        assert value.grad is not None
+        assert value.grad[[0, 3, 7]].abs().max() == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lean_adamw_has_the_bits_of_the_cpu(kind):
+    torch.manual_seed(0)
+    sizes = [5, 1000, 40_001] if kind != "codes" else [128, 128 * 300, 2048 * 768]
+    here = [new_part(size, kind=kind, offset=size << 20, seed=size) for size in sizes]
+    there = [copied(part, "cuda") for part in here]
+    plan = Plan(there)
+    for number in range(1, 6):
+        step = Step(lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-8, number=number, grad_factor=0.37)
+        dtype = torch.float32 if kind == "float32 weights" else torch.bfloat16
+        grads = [(torch.randn(size) * 10.0 ** (-3 * number)).to(dtype) for size in sizes]
+        step_reference(here, grads, step)
+        plan.launch([grad.cuda() for grad in grads], step)
+    assert [differing(a, b) for a, b in zip(here, there, strict=True)] == [[], [], []]

@@ -239,7 +239,6 @@ def build_run(
     run = setup(recipe, folder, world)
     if config_type not in UNPACKED:  # position ids reach the model, as with packed data
         run.recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, format="auto"))
-    honour_time_step_limit(run.model)
     return run
 
 

@@ -101,7 +101,7 @@ def check_calls(folder: Path, family: str, ep_size: int) -> None:
         (deepseek.DeepseekV3Attention, "forward", "attention"),
         (all_to_all, "make_plan", "plan"),
         (experts, "sort_by_expert", "sort"),
-        (experts, "expert_mlp", "experts"),
+        (experts, "gated_experts", "experts"),
     ):
         setattr(owner, method, counted(calls, name, getattr(owner, method), chosen if name == "router" else None))
     run = build_run(folder / family, ep_size=ep_size, checkpointing="full")
