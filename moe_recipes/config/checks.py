@@ -97,9 +97,9 @@ def _check_model(recipe: Recipe) -> None:
         )
     if packaged and model.tokenizer is None and recipe.data.format != "random_tokens":
         raise RecipeError(f"model.source={model.source!r} has no tokenizer; set model.tokenizer to a folder or an id")
-    if recipe.optim.name == "flash_adamw" and model.dtype != "bfloat16":
+    if recipe.optim.name in ("lean_adamw", "flash_adamw") and model.dtype != "bfloat16":
         raise RecipeError(
-            f"optim.name=flash_adamw keeps an exact float32 master beside bfloat16 weights, but"
+            f"optim.name={recipe.optim.name} keeps an exact float32 master beside bfloat16 weights, but"
             f" model.dtype={model.dtype}; set model.dtype: bfloat16 or optim.name: adamw"
         )
 
@@ -168,7 +168,7 @@ def recipe_notes(recipe: Recipe) -> list[str]:
     notes = []
     if recipe.optim.name == "adamw" and recipe.model.dtype == "bfloat16":
         notes.append(
-            "optim.name=adamw on bfloat16 weights rounds small updates away; use optim.name: flash_adamw or"
+            "optim.name=adamw on bfloat16 weights rounds small updates away; use optim.name: lean_adamw or"
             " model.dtype: float32"
         )
     if recipe.checkpoint.every_steps == 0 and not recipe.checkpoint.save_last:

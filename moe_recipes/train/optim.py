@@ -16,6 +16,7 @@ from moe_recipes.checkpoint.entry import Entry
 from moe_recipes.config.errors import EnvironmentMismatchError
 from moe_recipes.config.recipe import Optim
 from moe_recipes.runtime.sharding import local_rows, local_tensor
+from moe_recipes.train.lean_adamw import LeanAdamW
 
 
 def learning_rate(optim: Optim, *, step: int, steps: int) -> float:
@@ -35,15 +36,19 @@ def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str,
 
     Tensors with one dimension (norms) and biases, also those of experts, which have two, get no decay.
     """
-    groups: dict[Any, list[nn.Parameter]] = defaultdict(list)
+    groups: dict[Any, list[tuple[str, nn.Parameter]]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
             decays = parameter.ndim > 1 and not name.endswith("bias")
-            groups[(mesh, parameter.dtype, decays)].append(parameter)
+            groups[(mesh, parameter.dtype, decays)].append((name, parameter))
     return [
-        {"params": parameters, "weight_decay": weight_decay if decay else 0.0}
-        for (_, _, decay), parameters in groups.items()
+        {
+            "params": [parameter for _, parameter in named],
+            "names": [name for name, _ in named],
+            "weight_decay": weight_decay if decay else 0.0,
+        }
+        for (_, _, decay), named in groups.items()
     ]
 
 
@@ -57,8 +62,10 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     options = {"lr": optim.lr, "betas": tuple(optim.betas), "eps": optim.eps}
     if optim.name == "adamw":
         return torch.optim.AdamW(groups, **options, foreach=True)
+    if optim.name == "lean_adamw":
+        return LeanAdamW(groups, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps)
     if not torch.cuda.is_available():
-        raise EnvironmentMismatchError("optim.name=flash_adamw needs a GPU; use optim.name=adamw with float32 weights")
+        raise EnvironmentMismatchError("optim.name=flash_adamw needs a GPU; use optim.name=lean_adamw")
     try:
         from flashoptim import FlashAdamW
     except ImportError as error:
@@ -67,7 +74,7 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
 
 
 class GradientClip:
-    """Scales all gradients so that their global norm is at most ``max_norm``; 0 only measures it.
+    """Has all gradients scaled so that their global norm is at most ``max_norm``; 0 only measures it.
 
     Every element counts once: each rank adds the squares of the rows for which it is the primary replica, and the sum
     goes over all ranks, so an expert held by one group and a weight sharded over all weigh alike. Replicas hold equal
@@ -82,27 +89,39 @@ class GradientClip:
             if parameter.requires_grad
         ]
 
-    def __call__(self) -> Tensor:
-        """Clip in place; returns the norm before it, a float32 scalar on the device. No host sync."""
-        gradients: dict[torch.dtype, list[Tensor]] = defaultdict(list)
-        counted = []
-        for parameter, primary in self.parameters:
-            if parameter.grad is not None:
-                local = local_tensor(parameter.grad)
-                if local.numel():
-                    gradients[local.dtype].append(local)
-                    counted += [local] if primary else []
+    def norm(self) -> Tensor:
+        """The global norm, a float32 scalar on the device. No host sync."""
+        counted = [gradient for gradient, primary in self._gradients() if primary]
         device = self.parameters[0][0].device
         square = torch.zeros((), dtype=torch.float32, device=device)
         if counted:
             square = torch.stack(torch._foreach_norm(counted, 2, dtype=torch.float32)).square().sum()
         dist.all_reduce(square)
-        norm = square.sqrt()
-        if self.max_norm > 0:
-            factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
-            for same_dtype in gradients.values():
-                torch._foreach_mul_(same_dtype, factor)
-        return norm
+        return square.sqrt()
+
+    def scale(self, norm: float, optimizer: torch.optim.Optimizer) -> None:
+        """Scale where ``norm`` asks for it: in the optimizer's own pass where it can, else the gradients in place, by a
+        host number. With a factor on the device torch makes one slow pass a tensor, three times the time of its batched
+        kernels."""
+        factor = self.max_norm / (norm + 1e-6)
+        if self.max_norm == 0 or factor >= 1:
+            return
+        if isinstance(optimizer, LeanAdamW):
+            optimizer.grad_factor = factor
+            return
+        gradients: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+        for gradient, _ in self._gradients():
+            gradients[gradient.dtype].append(gradient)
+        for same_dtype in gradients.values():
+            torch._foreach_mul_(same_dtype, factor)
+
+    def _gradients(self) -> Iterator[tuple[Tensor, bool]]:
+        """This rank's part of each gradient that is not empty, and whether it counts here."""
+        for parameter, primary in self.parameters:
+            if parameter.grad is not None:
+                local = local_tensor(parameter.grad)
+                if local.numel():
+                    yield local, primary
 
 
 def _state_tensors(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Iterator[tuple[str, Tensor, bool]]:
@@ -120,6 +139,9 @@ def _state_tensors(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) ->
 
 def prepare_state(optimizer: torch.optim.Optimizer, *, step: int) -> None:
     """Give every parameter its optimizer state, as after ``step`` steps, so that a checkpoint can fill it in place."""
+    if isinstance(optimizer, LeanAdamW):
+        optimizer.steps_done = step
+        return
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if hasattr(optimizer, "_ensure_state_initialized"):
@@ -137,7 +159,12 @@ def optimizer_entries(model: nn.Module, optimizer: torch.optim.Optimizer, *, ran
     """This rank's part of the optimizer state, by global name ``optim.STATE.PARAMETER``."""
     entries = {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if not parameter.requires_grad:
+            continue
+        if isinstance(optimizer, LeanAdamW):
+            for state, tensor, rows in optimizer.state_rows(parameter, rank=rank):
+                entries[f"optim.{state}.{name}"] = Entry(tensor=tensor, rows=rows)
+        else:
             rows = local_rows(parameter, rank=rank)
             for state, tensor, opaque in _state_tensors(optimizer, parameter):
                 entries[f"optim.{state}.{name}"] = Entry(tensor=tensor, rows=rows, opaque=opaque)

@@ -73,5 +73,5 @@ def test_every_trained_parameter_is_in_one_group():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_flash_adamw_without_a_gpu_names_the_way_out():
-    with pytest.raises(EnvironmentMismatchError, match=r"use optim\.name=adamw"):
+    with pytest.raises(EnvironmentMismatchError, match=r"use optim\.name=lean_adamw"):
         build_optimizer(Small(), Optim(name="flash_adamw", lr=1.0))

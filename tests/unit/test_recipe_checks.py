@@ -46,6 +46,10 @@ def test_the_base_of_these_tests_is_accepted() -> None:
         (["optim.betas=[0.9, 1.0]"], "less than 1"),
         (["optim.min_lr_ratio=1.5"], "between 0 and 1"),
         (["optim.name=flash_adamw", "model.dtype=float32"], r"set model\.dtype: bfloat16"),
+        (
+            ["optim.name=lean_adamw", "model.dtype=float32"],
+            r"optim\.name=lean_adamw keeps .*set model\.dtype: bfloat16",
+        ),
         (["model.weights=pretrained"], "config without weights"),
         (["model.weights=pretrained", "model.source=a/b", "model.config_overrides.x=1"], "would not fit pretrained"),
         (["model.revision=abc"], "needs a Hugging Face id"),
@@ -96,7 +100,7 @@ def test_rows_and_experts_a_token_must_fit_the_model() -> None:
 
 
 def test_the_default_optimizer_moves_the_weights_of_either_dtype() -> None:
-    for dtype, name in (("bfloat16", "flash_adamw"), ("float32", "adamw")):
+    for dtype, name in (("bfloat16", "lean_adamw"), ("float32", "adamw")):
         recipe = recipe_with(f"model.dtype={dtype}")
         assert recipe.optim.name == name
         assert recipe_notes(recipe) == []
