@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,20 @@ def run_arm(recipe: Recipe, *, arm: str, gate: str, steps: int, warmup: int) -> 
     return {"arm": arm, "gate": gate, "failed": log.splitlines()[-1] if log else f"exit code {code}"}
 
 
-def layouts(recipe: Recipe, ep_sizes: list[int]) -> list[Recipe]:
-    """The recipe at each expert degree; as it is if none is named."""
-    if not ep_sizes:
-        return [recipe]
-    return [
-        dataclasses.replace(recipe, parallel=dataclasses.replace(recipe.parallel, ep_size=ep_size))
-        for ep_size in ep_sizes
-    ]
+def points(arguments: argparse.Namespace, arm: str) -> Iterator[Recipe]:
+    """The arm's recipe at each expert degree and each batch size that is asked for; its own where none is."""
+    recipe = load_recipe(arguments.recipe, [*arguments.overrides, *getattr(arguments, f"{arm}_overrides")])
+    for ep_size in whole_numbers(arguments.ep_sizes) or [recipe.parallel.ep_size]:
+        for rows in whole_numbers(arguments.batches) or [recipe.train.micro_batch_size]:
+            yield dataclasses.replace(
+                recipe,
+                parallel=dataclasses.replace(recipe.parallel, ep_size=ep_size),
+                train=dataclasses.replace(recipe.train, micro_batch_size=rows),
+            )
+
+
+def whole_numbers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",") if word]
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -71,6 +78,26 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def measured(recipe: Recipe, arguments: argparse.Namespace, *, arm: str, gate: str) -> dict[str, Any]:
+    """``run_arm``, and what the arm's recipe says of its layout."""
+    result = run_arm(recipe, arm=arm, gate=gate, steps=arguments.steps, warmup=arguments.warmup)
+    return {
+        **result,
+        "ep_size": recipe.parallel.ep_size,
+        "micro_batch_size": recipe.train.micro_batch_size,
+        "activation_checkpointing": recipe.train.activation_checkpointing,
+    }
+
+
+def write_card(arguments: argparse.Namespace, recipe: Recipe, results: list[dict[str, Any]]) -> None:
+    """The file so far: a call that is cut short keeps what it measured."""
+    command = ["python", "-m", "moe_recipes.bench", *sys.argv[1:]]
+    command[command.index(str(arguments.out))] = arguments.out.name
+    manifest = {**make_manifest(recipe_to_dict(recipe)), "command": command}
+    card = {"gpus": gpus(), "steps": arguments.steps, "warmup": arguments.warmup, "results": results}
+    write_json(arguments.out, {**card, "manifest": manifest})
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m moe_recipes.bench")
     parser.add_argument("recipe")
@@ -78,30 +105,28 @@ def main() -> int:
     parser.add_argument("--arms", default="ours,transformers")
     parser.add_argument("--gates", default="real,balanced")
     parser.add_argument("--ep-sizes", default="", help="comma-separated; the recipe's own if not given")
+    parser.add_argument("--batches", default="", help="comma-separated rows a rank; the recipe's own if not given")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--set", action="append", default=[], dest="overrides")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", help="KEY=VALUE for both arms")
+    for arm in ("ours", "transformers"):
+        parser.add_argument(f"--{arm}", action="append", default=[], dest=f"{arm}_overrides", help="KEY=VALUE for it")
     arguments = parser.parse_args()
+    results: list[dict[str, Any]] = []
     try:
-        recipe = load_recipe(arguments.recipe, arguments.overrides)
         if not arguments.out.parent.is_dir():
             raise InfrastructureError(f"--out {arguments.out}: the folder is not there")
+        pairs = zip(points(arguments, "ours"), points(arguments, "transformers"), strict=True)
+        for ours, transformers in list(pairs):
+            for gate in arguments.gates.split(","):
+                recipes = {"ours": ours, "transformers": transformers}
+                for arm in arguments.arms.split(","):
+                    results.append(measured(recipes[arm], arguments, arm=arm, gate=gate))
+                    print(table(results[-1:]), flush=True)
+                    write_card(arguments, ours, results)
     except MoeRecipesError as error:
         print(f"moe-recipes: error: {error}", file=sys.stderr)
         return error.exit_code
-    results = []
-    for at in layouts(recipe, [int(size) for size in arguments.ep_sizes.split(",") if size]):
-        for gate in arguments.gates.split(","):
-            for arm in arguments.arms.split(","):
-                result = run_arm(at, arm=arm, gate=gate, steps=arguments.steps, warmup=arguments.warmup)
-                shape = {"ep_size": at.parallel.ep_size, "micro_batch_size": at.train.micro_batch_size}
-                results.append({**result, **shape})
-                print(table(results[-1:]), flush=True)
-                command = ["python", "-m", "moe_recipes.bench", *sys.argv[1:]]
-                command[command.index(str(arguments.out))] = arguments.out.name
-                manifest = {**make_manifest(recipe_to_dict(recipe)), "command": command}
-                card = {"gpus": gpus(), "steps": arguments.steps, "warmup": arguments.warmup, "results": results}
-                write_json(arguments.out, {**card, "manifest": manifest})
     print(table(results))
     return 1 if any("failed" in result for result in results) else 0
 

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -123,17 +124,19 @@ ARMS = {"ours": ours, "transformers": plain_transformers}
 
 
 def seconds_per_step(step: Step, batches: Batches, *, warmup: int, steps: int, device: torch.device) -> float:
-    """Mean wall time of ``steps`` steps after ``warmup``, the slowest rank's; batches are made before."""
+    """Median wall time of ``steps`` steps after ``warmup``, each the slowest rank's; batches are made before."""
     prepared = [batches.step(number) for number in range(4)]
     for number in range(warmup):
         step(prepared[number % 4])
-    _wait_for(device)
-    barrier()
-    start = time.perf_counter()
+    durations = []
     for number in range(steps):
+        _wait_for(device)
+        barrier()
+        start = time.perf_counter()
         step(prepared[number % 4])
-    _wait_for(device)
-    return max_over_ranks((time.perf_counter() - start) / steps)[0]
+        _wait_for(device)
+        durations.append(time.perf_counter() - start)
+    return median(max_over_ranks(*durations))
 
 
 def _wait_for(device: torch.device) -> None:

@@ -9,15 +9,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->"
 PAGES = ("README.md", "docs/performance.md")
 HEAD = (
-    "| recipe | GPUs | EP | router | tok/s/GPU | Transformers | ratio | without optimizer"
-    " | peak GiB allocated (reserved) |",
-    "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    "| recipe | GPUs | EP | rows | router | tok/s/GPU | Transformers | ratio | without optimizer"
+    " | peak GiB allocated (reserved) | recompute |",
+    "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
 )
 
 
@@ -27,31 +28,33 @@ def rows_of(path: Path) -> list[str]:
     recipe = card["manifest"]["recipe"]["name"]
     num_ranks = card["manifest"]["recipe"]["parallel"]["fsdp_size"]
     gpu = card["gpus"][0].split(",")[0].removeprefix("NVIDIA ")
-    pairs: dict[tuple[int, str], dict[str, dict[str, Any]]] = {}
+    pairs: dict[tuple[int, int, str], dict[str, dict[str, Any]]] = {}
     for result in card["results"]:
-        pairs.setdefault((result["ep_size"], result["gate"]), {})[result["arm"]] = result
-    return [
-        _row(recipe, f"{num_ranks} x {gpu}", ep_size, gate, arms["ours"], arms["transformers"])
-        for (ep_size, gate), arms in pairs.items()
-    ]
+        key = result["ep_size"], result["micro_batch_size"], result["gate"]
+        pairs.setdefault(key, {})[result["arm"]] = result
+    gpus = f"{num_ranks} x {gpu}"
+    return [_row(recipe, gpus, *key, arms.get("ours", {}), arms.get("transformers", {})) for key, arms in pairs.items()]
 
 
-def _row(recipe: str, gpus: str, ep_size: int, gate: str, ours: dict[str, Any], theirs: dict[str, Any]) -> str:
-    def memory(arm: dict[str, Any]) -> str:
-        return f"{arm['peak_allocated_gib']:.1f} ({arm['peak_reserved_gib']:.1f})"
+def _row(
+    recipe: str, gpus: str, ep_size: int, rows: int, gate: str, ours: dict[str, Any], theirs: dict[str, Any]
+) -> str:
+    def each(text: Callable[[dict[str, Any]], str]) -> str:
+        return " / ".join(text(arm) if "tokens_per_s_per_gpu" in arm else "-" for arm in (ours, theirs))
 
-    speed, other = ours["tokens_per_s_per_gpu"], theirs["tokens_per_s_per_gpu"]
-    bare, other_bare = (arm["tokens_per_s_per_gpu_without_optimizer"] for arm in (ours, theirs))
+    speed, other = ours.get("tokens_per_s_per_gpu"), theirs.get("tokens_per_s_per_gpu")
     cells = [
         f"`{recipe}`",
         gpus,
         str(ep_size),
+        str(rows),
         gate,
-        f"**{speed:,.0f}**",
-        f"{other:,.0f}",
-        f"{speed / other:.2f}",
-        f"{bare:,.0f} / {other_bare:,.0f}",
-        f"{memory(ours)} / {memory(theirs)}",
+        f"**{speed:,.0f}**" if speed else ours.get("failed", "missing"),
+        f"{other:,.0f}" if other else theirs.get("failed", "missing"),
+        f"{speed / other:.2f}" if speed and other else "-",
+        each(lambda arm: f"{arm['tokens_per_s_per_gpu_without_optimizer']:,.0f}"),
+        each(lambda arm: f"{arm['peak_allocated_gib']:.1f} ({arm['peak_reserved_gib']:.1f})"),
+        each(lambda arm: arm["activation_checkpointing"]),
     ]
     return f"| {' | '.join(cells)} |"
 

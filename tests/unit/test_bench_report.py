@@ -19,7 +19,8 @@ def test_pages_show_what_the_files_say():
 
 def test_table_computes_the_ratio_from_the_file(tmp_path):
     arm = {
-        "gate": "real", "ep_size": 2, "tokens_per_s_per_gpu_without_optimizer": 9.0,
+        "gate": "real", "ep_size": 2, "micro_batch_size": 4, "activation_checkpointing": "none",
+        "tokens_per_s_per_gpu_without_optimizer": 9.0,
         "peak_allocated_gib": 1.0, "peak_reserved_gib": 2.0,
     }  # fmt: skip
     results = [
@@ -32,4 +33,15 @@ def test_table_computes_the_ratio_from_the_file(tmp_path):
     }
     card = {"gpus": ["NVIDIA X, 1, 2"], "results": results, "manifest": manifest}
     (tmp_path / "a.json").write_text(json.dumps(card))
-    assert "| `r` | 2 x X | 2 | real | **300** | 200 | 1.50 |" in table(tmp_path)
+    assert "| `r` | 2 x X | 2 | 4 | real | **300** | 200 | 1.50 | 9 / 9 |" in table(tmp_path)
+
+
+def test_an_arm_that_failed_or_is_missing_is_said(tmp_path):
+    shape = {"gate": "real", "ep_size": 2, "micro_batch_size": 4, "activation_checkpointing": "none"}
+    manifest = {
+        "recipe": {"name": "r", "parallel": {"fsdp_size": 2}},
+        "packages": dict.fromkeys(("torch", "transformers", "triton", "flashoptim"), "1"),
+    }
+    results = [{**shape, "arm": "ours", "failed": "out of memory"}]
+    (tmp_path / "a.json").write_text(json.dumps({"gpus": ["NVIDIA X, 1, 2"], "results": results, "manifest": manifest}))
+    assert "| real | out of memory | missing | - |" in table(tmp_path)
