@@ -82,6 +82,12 @@ class CorruptCheckpointError(MoeRecipesError):
     exit_code = EXIT_CORRUPT_CHECKPOINT
 
 
+class SecretsError(MoeRecipesError):
+    """The file of secrets is missing, others may read it, or it does not hold what it should."""
+
+    exit_code = EXIT_SECRETS
+
+
 class EnvironmentMismatchError(MoeRecipesError):
     """Python, torch or another package is missing or outside the supported range."""
 

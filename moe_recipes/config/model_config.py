@@ -14,8 +14,20 @@ from moe_recipes.config.errors import CorruptCheckpointError, MissingInputError,
 from moe_recipes.config.recipe import Model
 
 PACKAGED = Path(__file__).resolve().parents[1] / "models" / "configs"
-PACKAGED_NAMES = {"Qwen/Qwen3-30B-A3B": "qwen3_30b_a3b"}
+PACKAGED_NAMES = {
+    "Qwen/Qwen3-30B-A3B": "qwen3_30b_a3b",
+    "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16": "nemotron_3_nano_30b",
+    "nvidia/NVIDIA-Nemotron-3-Ultra-550B-A55B-BF16": "nemotron_3_ultra_550b",
+}
 """The packaged config that stands for a Hugging Face id where only the shape of the model is asked for."""
+
+_LAYER_KINDS = {
+    **dict.fromkeys(("M", "mamba", "linear_attention"), "linear_attention"),
+    **dict.fromkeys(("*", "attention", "full_attention"), "full_attention"),
+    **dict.fromkeys(("E", "moe"), "moe"),
+    **dict.fromkeys(("-", "mlp"), "mlp"),
+}
+_KNOWN_KINDS = ", ".join(sorted({*_LAYER_KINDS.values()}))
 
 
 def read_model_config(model: Model) -> tuple[dict[str, Any], bytes, str]:
@@ -104,3 +116,21 @@ def override_config(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> 
             else:
                 target = target[part]
     return changed
+
+
+def hybrid_layers(config: Mapping[str, Any]) -> list[str] | None:
+    """The kind of every layer of a hybrid model: ``linear_attention`` (Mamba), ``full_attention``, ``moe``, ``mlp``.
+
+    Reads Nemotron-H's letters (``hybrid_override_pattern``) and its list (``layers_block_type``) with old and new
+    names. None for a model whose layers are not listed so.
+
+    Raises:
+        RecipeError: a layer of an unknown kind.
+    """
+    layers = config.get("layers_block_type") or config.get("hybrid_override_pattern")
+    if not layers:
+        return None
+    unknown = sorted({str(layer) for layer in layers if layer not in _LAYER_KINDS})
+    if unknown:
+        raise RecipeError(f"the model's config has layers of the unknown kind {unknown[0]!r}; known: {_KNOWN_KINDS}")
+    return [_LAYER_KINDS[layer] for layer in layers]

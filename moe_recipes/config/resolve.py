@@ -10,13 +10,14 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from moe_recipes.config.errors import RecipeError, did_you_mean
 from moe_recipes.config.recipe import Recipe
 from moe_recipes.config.yaml_tree import KeyPath, Tree, parse_yaml, read_tree, write_yaml
 
 RECIPE_FOLDERS = (Path("recipes"), Path(__file__).resolve().parents[2] / "recipes")
+T = TypeVar("T")
 _KINDS: dict[type, str] = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
@@ -35,8 +36,17 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _recipe(tree: Tree) -> Recipe:
-    recipe: Recipe = _section(Recipe, tree.value, (), tree)
-    return recipe
+    return from_tree(Recipe, tree)
+
+
+def from_tree(kind: type[T], tree: Tree) -> T:
+    """A frozen dataclass of sections from a tree, as strict as a recipe.
+
+    Raises:
+        RecipeError: with the place in the file, for an unknown or missing key or a value of another type.
+    """
+    made: T = _section(kind, tree.value, (), tree)
+    return made
 
 
 def find_recipe(path: str) -> Path:
@@ -103,16 +113,17 @@ def recipe_from_dict(data: Mapping[str, Any], source: str = "recipe.json", overr
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     """Plain data with every key, defaults included: JSON and YAML can hold it, ``recipe_from_dict`` reads it."""
-    return {field.name: _to_plain(getattr(recipe, field.name)) for field in dataclasses.fields(recipe)}
+    return {field.name: to_plain(getattr(recipe, field.name)) for field in dataclasses.fields(recipe)}
 
 
-def _to_plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
+    """Dataclasses as mappings and tuples as lists, all the way down."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, dict):
-        return {key: _to_plain(inner) for key, inner in value.items()}
+        return {key: to_plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_to_plain(inner) for inner in value]
+        return [to_plain(inner) for inner in value]
     return value
 
 
@@ -176,7 +187,9 @@ def _value(kind: Any, value: Any, path: KeyPath, tree: Tree) -> Any:
     if origin is dict:
         if not isinstance(value, Mapping):
             raise _wrong(path, "a mapping", value, tree)
-        return dict(value)
+        if args[1] is Any:
+            return dict(value)
+        return {key: _value(args[1], inner, (*path, key), tree) for key, inner in value.items()}
     return _scalar(kind, value, path, tree)
 
 

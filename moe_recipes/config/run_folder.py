@@ -6,6 +6,7 @@ runs/NAME/
   status.json       where the run stands         ckpt/           step-XXXXXXXX/, latest
   attempts/N/       the logs of one start: rank-00000.log ...; attempts/latest links to the newest
   export/           the Hugging Face checkpoint  STOP, SAVE      touch one to stop, or to save at the next step
+  slurm/            the ledger of all jobs, and a folder for each
 """
 
 from __future__ import annotations
@@ -89,6 +90,11 @@ class RunFolder:
     @property
     def attempts(self) -> Path:
         return self.path / "attempts"
+
+    @property
+    def slurm(self) -> Path:
+        """What the host side of Slurm jobs keeps: the ledger, the lock, and a folder for each job."""
+        return self.path / "slurm"
 
     @property
     def stop_file(self) -> Path:

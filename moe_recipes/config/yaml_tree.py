@@ -17,6 +17,7 @@ import yaml
 from moe_recipes.config.errors import RecipeError
 
 KeyPath = tuple[str, ...]
+RECIPE_SHAPE = "a recipe is a mapping of sections (model, data, optim, train, ...)"
 FLOAT = re.compile(
     r"""^(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
                   |[0-9][0-9_]*[eE][-+]?[0-9]+
@@ -145,9 +146,11 @@ def _plain(
     return plain
 
 
-def read_tree(path: Path, around: tuple[Path, ...] = ()) -> Tree:
+def read_tree(path: Path, around: tuple[Path, ...] = (), *, shape: str = RECIPE_SHAPE) -> Tree:
     """A YAML file over the files that it ``extends``. ``name`` is the file's own, or its stem; it is not inherited.
 
+    Args:
+        shape: what the file should be, for the error where it is no mapping.
     Raises:
         RecipeError: a file is missing, unreadable, not YAML or not a mapping, or a chain of ``extends`` is a circle.
     """
@@ -160,7 +163,7 @@ def read_tree(path: Path, around: tuple[Path, ...] = ()) -> Tree:
         raise RecipeError(f"{path}: cannot be read: {error}") from error
     value, marks = parse_yaml(text, str(path))
     if not isinstance(value, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of sections (model, data, optim, train, ...)")
+        raise RecipeError(f"{path}: {shape}")
     tree = Tree(value=value, origin=str(path), marks=marks)
     base_name = tree.value.pop("extends", None)
     if base_name is not None:
@@ -169,7 +172,7 @@ def read_tree(path: Path, around: tuple[Path, ...] = ()) -> Tree:
         base_path = path.parent / base_name
         if not base_path.is_file():
             raise RecipeError(f"{tree.where(('extends',))}: extends {base_name!r}, but there is no file {base_path}")
-        base = read_tree(base_path, (*around, path.resolve()))
+        base = read_tree(base_path, (*around, path.resolve()), shape=shape)
         base.value.pop("name", None)
         base.marks.pop(("name",), None)
         base.merge(tree)

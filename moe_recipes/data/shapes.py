@@ -10,9 +10,14 @@ from typing import Any
 from moe_recipes.config.errors import did_you_mean
 
 ROLES = ("system", "user", "assistant", "tool")
-ROW_KEYS = ("messages", "tools", "prompt", "completion", "text")
+ROW_KEYS = ("messages", "tools", "prompt", "completion", "text", "context", "question", "answers")
 
-_KEYS_OF_SHAPE = {"messages": ("messages",), "prompt_completion": ("prompt", "completion"), "text": ("text",)}
+_KEYS_OF_SHAPE = {
+    "messages": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+    "text": ("text",),
+    "squad": ("context", "question", "answers"),
+}
 
 
 class RowProblem(Exception):
@@ -48,10 +53,10 @@ Example = Chat | Completion | Text
 
 
 def shape_of(row: dict[str, Any], *, shape: str) -> str:
-    """``messages``, ``prompt_completion`` or ``text``, by the row's keys.
+    """``messages``, ``prompt_completion``, ``text`` or ``squad``, by the row's keys.
 
     Args:
-        shape: the recipe's ``data.format``; with ``auto`` exactly one of the shapes must fit.
+        shape: the recipe's ``data.format``; with ``auto`` exactly one of the shapes but ``squad`` must fit.
     Raises:
         RowProblem: none fits, or with ``auto`` several.
     """
@@ -61,6 +66,7 @@ def shape_of(row: dict[str, Any], *, shape: str) -> str:
             missing = [key for key in _KEYS_OF_SHAPE[shape] if row.get(key) is None]
             raise RowProblem(f"no {' and no '.join(missing)} in the row, which data.format={shape} needs")
         return shape
+    fits = [name for name in fits if name != "squad"]
     if len(fits) > 1:
         raise RowProblem(f"the row fits {' and '.join(fits)}; choose one with data.format")
     if not fits:
@@ -81,6 +87,8 @@ def parse_row(row: dict[str, Any], *, shape: str) -> Example:
         return Chat(messages, tools=_tools(row))
     if shape == "text":
         return Text(_string(row["text"], key="text"))
+    if shape == "squad":
+        return _reading(row)
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
         return Completion(_string(prompt, key="prompt"), _string(completion, key="completion"))
@@ -90,6 +98,16 @@ def parse_row(row: dict[str, Any], *, shape: str) -> Example:
         _require_assistant(answer, key="completion")
         return Chat(context + answer, tools=_tools(row), first_learned=len(context))
     raise RowProblem("prompt and completion must both be strings or both be lists of messages")
+
+
+def _reading(row: dict[str, Any]) -> Completion:
+    """A passage with a question, and the first of its answers, as SQuAD has them."""
+    answers = row["answers"]
+    texts = answers.get("text") if isinstance(answers, dict) else None
+    if not isinstance(texts, list) or not texts:
+        raise RowProblem("answers must be an object whose text is a list of at least one answer")
+    passage, question = (_string(row[key], key=key) for key in ("context", "question"))
+    return Completion(f"{passage}\n\n{question}", _string(texts[0], key="answers.text[0]"))
 
 
 def num_characters(example: Example) -> int:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moe_recipes.config.model_config import hybrid_layers
+
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bfloat16 peak by the vendor's datasheets; the denominator of MFU."""
 
 FORMULA = "MFU = tokens/s/GPU x 3 x (2 x active matrix parameters + 2 x heads x head_dim x seq_len x layers) / peak"
-"""Forward counts two FLOPs a weight and token, attention half of the square; training counts the forward three times,
-recomputation not at all."""
+"""``layers`` are those with attention; Mamba layers add the products of their scan. Forward counts two FLOPs a weight
+and token, attention half of the square; training counts the forward three times, recomputation not at all."""
 
 
 def _attention(config: Mapping[str, Any], seq_len: int) -> tuple[float, float]:
@@ -26,8 +28,10 @@ def train_flops_per_token(config: Mapping[str, Any], *, seq_len: int) -> float |
     """Forward plus backward FLOPs a token, or None for a family whose arithmetic is not written here.
 
     Args:
-        config: a config.json with the keys of Llama, Qwen3 or Qwen3-MoE.
+        config: a config.json with the keys of Llama, Qwen3, Qwen3-MoE or Nemotron-H.
     """
+    if config.get("model_type") == "nemotron_h":
+        return 3.0 * sum(nemotron_h_forward_flops(config, seq_len=seq_len).values())
     if config.get("model_type") not in ("qwen3_moe", "qwen3", "llama", "mistral", "qwen2"):
         return None
     hidden, layers = config["hidden_size"], config["num_hidden_layers"]
@@ -45,6 +49,32 @@ def train_flops_per_token(config: Mapping[str, Any], *, seq_len: int) -> float |
     head = 2 * hidden * config["vocab_size"]
     flops: float = 3.0 * (layers * (projections + attention) + mlp + head)
     return flops
+
+
+def nemotron_h_forward_flops(config: Mapping[str, Any], *, seq_len: int) -> dict[str, float]:
+    """Forward FLOPs a token of Nemotron-H, by part. Layers that predict further tokens are not among them."""
+    kinds, hidden = hybrid_layers(config) or [], config["hidden_size"]
+    projections, attention = _attention(config, seq_len)
+    inner = config["mamba_num_heads"] * config["mamba_head_dim"]
+    states = config["n_groups"] * config["ssm_state_size"]
+    wide = 2 * inner + 2 * states + config["mamba_num_heads"]
+    # The scan in chunks: C x B and its product with x inside a chunk, then B x x and C x state between chunks.
+    scan = 2 * config["chunk_size"] * (states + inner) + 2 * 2 * inner * config["ssm_state_size"]
+    latent = config.get("moe_latent_size")
+    expert = 2 * 2 * (latent or hidden) * config["moe_intermediate_size"]
+    mamba, sparse, dense = (kinds.count(kind) for kind in ("linear_attention", "moe", "mlp"))
+    return {
+        "attention projections": kinds.count("full_attention") * projections,
+        "attention": kinds.count("full_attention") * attention,
+        "mamba projections": float(mamba * 2 * hidden * (wide + inner)),
+        "mamba scan": float(mamba * scan),
+        "router": float(sparse * 2 * hidden * config["n_routed_experts"]),
+        "routed experts": float(sparse * config["num_experts_per_tok"] * expert),
+        "shared expert": float(sparse * 2 * 2 * hidden * config["moe_shared_expert_intermediate_size"]),
+        "latent projections": float(sparse * 2 * 2 * hidden * latent if latent else 0),
+        "dense MLP": float(dense * 2 * 2 * hidden * config["intermediate_size"]),
+        "head": float(2 * hidden * config["vocab_size"]),
+    }
 
 
 def peak_flops(device_name: str) -> float | None:

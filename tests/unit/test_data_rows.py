@@ -57,6 +57,41 @@ def test_bad_completion_is_refused(tmp_path, row, words):
     assert words in refusal(tmp_path, path, format="prompt_completion")
 
 
+SQUAD = {
+    "id": "1",
+    "context": "Ada wrote it.",
+    "question": "Who?",
+    "answers": {"text": ["Ada", "A"], "answer_start": [0]},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"answers": {"text": []}}, "answers must be an object whose text is a list of at least one answer"),
+        ({"answers": "Ada"}, "answers must be an object"),
+        ({"answers": {"text": [" "]}}, "answers.text[0] is empty"),
+        ({"question": None}, "no question in the row, which data.format=squad needs"),
+        ({"context": ""}, "context is empty"),
+    ],
+)
+def test_bad_reading_row_is_refused(tmp_path, changes, words):
+    path = write_jsonl(tmp_path / "a.jsonl", [SQUAD, {**SQUAD, **changes}])
+    message = refusal(tmp_path, path, format="squad")
+    assert f"{path}:2: " in message
+    assert words in message
+
+
+def test_a_reading_row_is_a_prompt_and_the_first_answer(tmp_path):
+    twin = {"prompt": "Ada wrote it.\n\nWho?", "completion": "Ada"}
+    read = opened(tmp_path / "squad", write_jsonl(tmp_path / "a.jsonl", [SQUAD]), format="squad")
+    as_pair = opened(tmp_path / "pair", write_jsonl(tmp_path / "b.jsonl", [twin]), format="prompt_completion")
+    assert documents(read[0]) == documents(as_pair[0])
+    assert "needed: messages" in refusal(tmp_path, tmp_path / "a.jsonl", format="auto")
+    pq.write_table(pa.Table.from_pylist([SQUAD]), tmp_path / "c.parquet")
+    assert documents(opened(tmp_path / "pq", tmp_path / "c.parquet", format="squad")[0]) == documents(read[0])
+
+
 def test_first_bad_row_is_named_and_all_are_counted(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [GOOD, chat("x"), GOOD, "{", GOOD, chat("y", "")])
     message = refusal(tmp_path, path)
@@ -100,8 +135,8 @@ def test_damaged_files_are_refused(tmp_path):
     parquet = tmp_path / "a.parquet"
     parquet.write_bytes(b"PAR1 no")
     assert "a.parquet row 1: the Parquet file is damaged" in refusal(tmp_path, parquet)
-    pq.write_table(pa.table({"question": ["x"]}), parquet)
-    assert "columns are question; needed: messages" in refusal(tmp_path, parquet)
+    pq.write_table(pa.table({"title": ["x"]}), parquet)
+    assert "columns are title; needed: messages" in refusal(tmp_path, parquet)
 
 
 def test_a_damaged_data_set_is_refused(tmp_path, monkeypatch):

@@ -12,8 +12,8 @@ import yaml
 
 from moe_recipes.config.checks import check_model_config, check_recipe
 from moe_recipes.config.errors import EXIT_RECIPE, RecipeError
-from moe_recipes.config.model_config import read_model_config
-from moe_recipes.config.recipe import Recipe
+from moe_recipes.config.model_config import PACKAGED_NAMES, read_model_config
+from moe_recipes.config.recipe import Model, Recipe
 from moe_recipes.config.resolve import dump, load_recipe, recipe_from_dict, recipe_to_dict
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,7 +55,17 @@ def test_every_shipped_recipe_resolves_and_survives_json_and_yaml(path: Path, tm
 
 
 def test_there_are_recipes() -> None:
-    assert {"tiny_cpu", "qwen3_30b", "qwen3_30b_2gpu", "qwen3_30b_1gpu"} <= {path.stem for path in RECIPES}
+    known = {"tiny_cpu", "tiny_nemotron", "qwen3_30b", "qwen3_30b_2gpu", "qwen3_30b_1gpu"}
+    assert known | {"nemotron_nano_30b", "nemotron_ultra_550b"} <= {path.stem for path in RECIPES}
+
+
+def test_the_layout_of_the_largest_recipe_fits_its_model() -> None:
+    recipe = load_recipe("nemotron_ultra_550b")
+    assert (recipe.parallel.num_ranks, recipe.parallel.ep_size, recipe.parallel.efsdp_size) == (128, 64, 2)
+    packaged = PACKAGED_NAMES[recipe.model.source]
+    config, _, _ = read_model_config(Model(source=f"package:{packaged}", weights="random"))
+    check_model_config(recipe, config)
+    assert config["n_routed_experts"] // recipe.parallel.ep_size == 8
 
 
 def test_defaults_and_name_come_from_the_dataclass_and_the_file(tmp_path: Path) -> None:
@@ -122,7 +132,12 @@ def test_a_bare_name_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.
         ("  steps: 5", "  steps: 5\n  deterministic: 1", 7, "'train.deterministic' must be true or false"),
         ("  steps: 5", "  steps: [5", 7, "not valid YAML"),
         ("  steps: 5", "  steps:", 6, "'train.steps' must be a whole number, got nothing (null)"),
-        ("  lr: 1e-3", "  lr: 1\n  name: adam", 5, "must be one of auto, adamw, flash_adamw, got the text 'adam'"),
+        (
+            "  lr: 1e-3",
+            "  lr: 1\n  name: adam",
+            5,
+            "must be one of auto, adamw, lean_adamw, flash_adamw, got the text 'adam'",
+        ),
         ("  lr: 1e-3", "  lr: 1\n  betas: 0.9", 5, "'optim.betas' must be a list, got the number 0.9"),
         ("  lr: 1e-3", "  lr: 1\n  betas:\n  - 0.9\n  - x", 7, "'optim.betas.1' must be a number, got the text 'x'"),
         ("random_tokens,", "random_tokens, train: a.jsonl,", 2, "'data.train' must be a list"),
