@@ -7,6 +7,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+HOST_VENV ?= .host
 
 # Without a GPU one exact version, alone: a range lets pip choose a build that brings gigabytes of CUDA libraries.
 ifeq ($(shell nvidia-smi -L >/dev/null 2>&1 && echo yes),yes)
@@ -23,10 +24,11 @@ else
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
+HOST_PACKAGES := 'submitit>=1.5.4' pyyaml
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-input --progress-bar off
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu check clean
+.PHONY: help setup host demo test test-slow test-gpu check clean
 
 help:
 	@echo "make demo        train a tiny model, stop it, resume it, export it: runs/demo (minutes, no GPU needed)"
@@ -34,8 +36,9 @@ help:
 	@echo "make test-slow   the long tests, and every model family"
 	@echo "make test-gpu    the tests that need a CUDA GPU"
 	@echo "make check       formatting, lint, import directions, types"
+	@echo "make host        the Slurm side without torch, under 100 MB, into .host: for login nodes and batch hosts"
 	@echo "make setup       only make .venv and install into it; the others do it when they need it"
-	@echo "make clean       remove .venv, runs/demo, runs/demo-data and caches"
+	@echo "make clean       remove .venv, .host, runs/demo, runs/demo-data and caches"
 	@echo "With PYTHON=python3 VENV= nothing is installed and that interpreter is used as it is."
 
 setup: $(READY)
@@ -50,6 +53,19 @@ $(READY): pyproject.toml
 	$(PIP) -e '.[dev]'
 	@touch $@
 endif
+
+# The host side of a Slurm job: submitit, PyYAML and this package, without what trains. The folder must be the same on
+# login nodes and batch hosts: the clone itself on a shared file system, or HOST_VENV=/shared/path.
+host: $(HOST_VENV)/.ready
+
+$(HOST_VENV)/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is missing or older than 3.11; name another: make host PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(HOST_VENV)/bin/python || $(PYTHON) -m venv $(HOST_VENV) || \
+		{ rm -rf $(HOST_VENV); echo "no venv module; on Debian: apt-get install python3-venv" >&2; exit 1; }
+	$(HOST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-input $(HOST_PACKAGES)
+	$(HOST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-input --no-deps -e .
+	@touch $@
 
 demo: $(READY)
 	$(PY) -m moe_recipes.launch.demo
@@ -71,5 +87,5 @@ check: $(READY)
 	$(PY) -m mypy
 
 clean:
-	rm -rf .venv runs/demo runs/demo-data .pytest_cache .ruff_cache .mypy_cache .import_linter_cache *.egg-info
+	rm -rf .venv .host runs/demo runs/demo-data .pytest_cache .ruff_cache .mypy_cache .import_linter_cache *.egg-info
 	find moe_recipes tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -19,10 +19,9 @@ from typing import IO, NamedTuple
 
 from moe_recipes.config.errors import EXIT_INFRASTRUCTURE, EXIT_OK, EXIT_REQUEUE
 from moe_recipes.config.run_folder import TERMINAL_STATES, RunFolder
+from moe_recipes.launch.words import ERROR_PREFIX, LINE_PREFIX, last_words, rank_log
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-LINE_PREFIX = "moe-recipes: "
-ERROR_PREFIX = f"{LINE_PREFIX}error: "
 _PR_SET_PDEATHSIG = 1
 
 
@@ -115,7 +114,7 @@ def _start(
 ) -> threading.Thread:
     shared = rank_environment(num_ranks, free_port())
     for rank in range(num_ranks):
-        log = (attempt / f"rank-{rank:05d}.log").open("wb", buffering=0)
+        log = rank_log(attempt, rank).open("wb", buffering=0)
         ranks.processes.append(
             subprocess.Popen(
                 list(command),
@@ -125,7 +124,7 @@ def _start(
                 stderr=subprocess.STDOUT,
                 bufsize=0,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
         )
         if rank == 0:
@@ -134,7 +133,7 @@ def _start(
             log.close()
     for rank, process in enumerate(ranks.processes):
         threading.Thread(target=_report_end, args=(rank, process, ranks.ended), daemon=True).start()
-    tee = threading.Thread(target=_tee, args=(ranks.processes[0].stdout, first_log, terminal), daemon=True)
+    tee = threading.Thread(target=tee_output, args=(ranks.processes[0].stdout, first_log, terminal), daemon=True)
     tee.start()
     return tee
 
@@ -159,7 +158,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Linux kills this process when the launcher dies, even by SIGKILL: no rank is left behind on a GPU."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -168,7 +167,7 @@ def _report_end(rank: int, process: subprocess.Popen[bytes], ended: queue.Queue[
     ended.put((rank, process.wait()))
 
 
-def _tee(source: IO[bytes], log: IO[bytes], terminal: IO[bytes]) -> None:
+def tee_output(source: IO[bytes], log: IO[bytes], terminal: IO[bytes]) -> None:
     """Copy rank 0's output to the terminal and its log. A closed terminal or a full disk stops neither the other nor
     the reading: a rank whose output nobody takes would wait for ever."""
     with log:
@@ -233,13 +232,13 @@ def _verdict(ranks: _Ranks, folder: RunFolder, attempt: Path, uses_status: bool)
         if status["exit_code"] == EXIT_OK:
             return Ending(EXIT_OK, None)
         cause = f"{status.get('cause') or status['state']}"
-        where = attempt / f"rank-{status.get('rank') or 0:05d}.log"
+        where = rank_log(attempt, status.get("rank") or 0)
         _say(f"{cause}; log: {where}", failed=status["state"] == "failed")
         return Ending(int(status["exit_code"]), cause)
     if failure is None:
         return Ending(EXIT_OK, None)
     rank, code = failure
-    log = attempt / f"rank-{rank:05d}.log"
+    log = rank_log(attempt, rank)
     exit_code, cause = code, f"rank {rank} exited with code {code}"
     if code < 0:
         name = signal.Signals(-code).name
@@ -254,20 +253,6 @@ def _verdict(ranks: _Ranks, folder: RunFolder, attempt: Path, uses_status: bool)
         )
     _say(f"{cause}; log: {log}", failed=exit_code != EXIT_REQUEUE)
     return Ending(exit_code, cause)
-
-
-def last_words(log: Path, tail_bytes: int = 65536) -> str | None:
-    """The last error line of a rank's log, else its last line with text; None for an empty log."""
-    try:
-        with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - tail_bytes))
-            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-    except OSError:
-        return None
-    ours = [line for line in lines if line.startswith(LINE_PREFIX)]
-    errors = [line.removeprefix(ERROR_PREFIX).removeprefix(LINE_PREFIX) for line in ours]
-    said = errors or lines
-    return said[-1] if said else None
 
 
 def _say(line: str, *, failed: bool) -> None:

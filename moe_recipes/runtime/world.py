@@ -53,7 +53,7 @@ def rank_variables(environ: dict[str, str]) -> tuple[int, int, int]:
     return 0, 0, 1
 
 
-def join_world(*, cpu: bool = False) -> World:
+def join_world(*, cpu: bool = False, timeout: timedelta = TIMEOUT) -> World:
     """Join the ranks that the environment describes, and make the default process group.
 
     The group carries gloo for CPU tensors and, on GPUs, NCCL for CUDA tensors, so that small host-side
@@ -61,6 +61,7 @@ def join_world(*, cpu: bool = False) -> World:
 
     Args:
         cpu: stay on the CPU even where there are GPUs.
+        timeout: of the meeting, and of every collective after it.
     Raises:
         InfrastructureError: MASTER_ADDR or MASTER_PORT is missing with several ranks.
         EnvironmentMismatchError: fewer GPUs than ranks on this host.
@@ -78,7 +79,7 @@ def join_world(*, cpu: bool = False) -> World:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if size == 1:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
             missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
             if missing:
@@ -89,7 +90,7 @@ def join_world(*, cpu: bool = False) -> World:
             os.environ.setdefault("RANK", str(rank))
             os.environ.setdefault("WORLD_SIZE", str(size))
             os.environ.setdefault("LOCAL_RANK", str(local_rank))
-            dist.init_process_group(backend, rank=rank, world_size=size, timeout=TIMEOUT)
+            dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
     return World(rank=rank, local_rank=local_rank, size=size, device=device, host=socket.gethostname())
 
 

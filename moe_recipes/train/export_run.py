@@ -77,6 +77,8 @@ def write_probe(run: Trained) -> None:
 def export_run(run: Trained) -> None:
     """Write ``RUN/export`` and the probe of a model that has its own forward. Every rank calls it."""
     recipe = run.recipe
+    if run.world.is_main:
+        run.folder.append_event("exporting", step=run.step)
     check_weights(run)
     write_probe(run)
     tokenizer = Path(recipe.model.tokenizer) if recipe.model.tokenizer else None

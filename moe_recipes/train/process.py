@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import logging
 import os
+import signal
 import socket
 import sys
 import traceback
@@ -91,6 +93,8 @@ def run_rank(work: Callable[..., None], *, uses_status: bool = True) -> NoReturn
     Args:
         uses_status: the cause of a failure goes to ``RUN/status.json``, which is about the training alone.
     """
+    # Asked by the host side when nothing moves: every thread's stack into this rank's log. Works in a stuck collective.
+    faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
     parser = argparse.ArgumentParser()
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--recipe-json", required=True)

@@ -23,6 +23,8 @@ def save(run: Run) -> None:
     if run.last_durable_step == run.step:
         return
     start = time.perf_counter()
+    if run.world.is_main:
+        run.folder.append_event("saving", step=run.step)  # no step will be reported until it is done
     path = save_checkpoint(
         run.folder.ckpt,
         run.step,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import yaml
 import moe_recipes
 from moe_recipes.config.resolve import load_recipe, recipe_to_dict
 from moe_recipes.config.run_folder import RunFolder, prepare_run
-from moe_recipes.launch.cli import main, started_rank
+from moe_recipes.launch.cli import VERBS, main, make_parser
+from moe_recipes.launch.train import started_rank
 
 ROOT = Path(__file__).resolve().parents[2]
 CLEAN = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "SLURM_PROCID")}
@@ -144,3 +146,22 @@ def test_a_closed_pipe_is_no_error() -> None:
         ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, env={**CLEAN, "PYTHONPATH": str(ROOT)}
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_every_verb_explains_itself_and_only_the_chosen_one_is_imported() -> None:
+    said = call("--help").stdout
+    assert [name for name in VERBS if not re.search(rf"^ +{name}\b", said, re.MULTILINE)] == []
+    code = (
+        "import importlib, sys; from moe_recipes.launch.cli import VERBS, main\n"
+        "main(['show', 'tiny_cpu', '--json'])\n"
+        "loaded = [v.module for n, v in VERBS.items() if n != 'show' and v.module in sys.modules]\n"
+        "heavy = {'torch', 'transformers', 'submitit', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(f'{loaded} {heavy}' if loaded or heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=CLEAN, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    for name in VERBS:
+        parser = make_parser(name)
+        with pytest.raises(SystemExit) as ended:
+            parser.parse_args([name, "--help"])
+        assert ended.value.code == 0, name
