@@ -1,4 +1,4 @@
-"""Compare arms on one recipe, in one call on one host: ``python -m moe_recipes.bench RECIPE --out FILE.json``.
+"""Compare arms on one recipe, in one call on one host: ``moe-recipes bench RECIPE``.
 
 Every arm is a set of processes of its own, one after the other, so none inherits another's memory or kernels. A figure
 is only worth its ratio to the others of the same file: hosts differ.
@@ -91,17 +91,17 @@ def measured(recipe: Recipe, arguments: argparse.Namespace, *, arm: str, gate: s
 
 def write_card(arguments: argparse.Namespace, recipe: Recipe, results: list[dict[str, Any]]) -> None:
     """The file so far: a call that is cut short keeps what it measured."""
-    command = ["python", "-m", "moe_recipes.bench", *sys.argv[1:]]
-    command[command.index(str(arguments.out))] = arguments.out.name
+    words = [arguments.out.name if word == str(arguments.out) else word for word in sys.argv[1:]]
+    command = ["moe-recipes", "bench", *words]
     manifest = {**make_manifest(recipe_to_dict(recipe)), "command": command}
     card = {"gpus": gpus(), "steps": arguments.steps, "warmup": arguments.warmup, "results": results}
     write_json(arguments.out, {**card, "manifest": manifest})
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m moe_recipes.bench")
-    parser.add_argument("recipe")
-    parser.add_argument("--out", type=Path, required=True)
+    parser = argparse.ArgumentParser(prog="moe-recipes bench")
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of one in recipes/")
+    parser.add_argument("--out", type=Path, help="JSON file; RECIPE's name and .bench.json in this folder if not given")
     parser.add_argument("--arms", default="ours,transformers")
     parser.add_argument("--gates", default="real,balanced")
     parser.add_argument("--ep-sizes", default="", help="comma-separated; the recipe's own if not given")
@@ -113,6 +113,7 @@ def main() -> int:
         parser.add_argument(f"--{arm}", action="append", default=[], dest=f"{arm}_overrides", help="KEY=VALUE for it")
     arguments = parser.parse_args()
     results: list[dict[str, Any]] = []
+    arguments.out = arguments.out or Path(f"{Path(arguments.recipe).stem}.bench.json")
     try:
         if not arguments.out.parent.is_dir():
             raise InfrastructureError(f"--out {arguments.out}: the folder is not there")

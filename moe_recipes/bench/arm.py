@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_recipes.bench.parts import profiled
 from moe_recipes.config.recipe import Recipe
 from moe_recipes.config.resolve import recipe_from_dict
 from moe_recipes.config.run_folder import RunFolder
@@ -30,6 +31,7 @@ from moe_recipes.data.loader import Batch, Batches, RandomRows
 from moe_recipes.models.auto import draw_plain_model
 from moe_recipes.models.blocks import moe_blocks
 from moe_recipes.models.build import layout, load_config, read_source
+from moe_recipes.plan.flops import peak_flops, train_flops_per_token
 from moe_recipes.runtime.world import World, barrier, join_world, max_over_ranks
 from moe_recipes.train.loop import forward_backward, train_step
 from moe_recipes.train.metrics import device_memory
@@ -139,6 +141,14 @@ def seconds_per_step(step: Step, batches: Batches, *, warmup: int, steps: int, d
     return median(max_over_ranks(*durations))
 
 
+def model_flops_utilization(recipe: Recipe, tokens_per_s: float, device: torch.device) -> float | None:
+    """Share of the device's peak that the model's own arithmetic takes (``plan.flops.FORMULA``); None where either is
+    not known."""
+    flops = train_flops_per_token(read_source(recipe).config, seq_len=recipe.data.seq_len)
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return tokens_per_s * flops / peak if flops and peak else None
+
+
 def _wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -160,6 +170,8 @@ def main() -> None:
     with_s = seconds_per_step(step, batches, **clock)
     without_s = seconds_per_step(gradients, batches, **clock)
     allocated, reserved = max_over_ranks(*device_memory(world.device).values())
+    # On every rank: a step has collectives. After the memory was read, which the profiler would add to.
+    parts = profiled(lambda: step(batches.step(0)), world.device)
     tokens = recipe.tokens_per_step / world.size
     if world.is_main:
         result = {
@@ -171,6 +183,8 @@ def main() -> None:
             "forward_backward_s": without_s,
             "peak_allocated_gib": allocated,
             "peak_reserved_gib": reserved,
+            "mfu": model_flops_utilization(recipe, tokens / with_s, world.device),
+            "parts_ms": parts,
         }
         arguments.out.write_text(json.dumps(result))
 

@@ -30,6 +30,7 @@ VERBS = {
     "show": Verb("moe_recipes.launch.show", "print the resolved recipe and what follows from it"),
     "train": Verb("moe_recipes.launch.train", "train a recipe on this host, or go on with its run"),
     "export": Verb("moe_recipes.launch.export", "write RUN/export from the run's newest checkpoint"),
+    "bench": Verb("moe_recipes.launch.bench", "compare with Transformers on this host's GPUs"),
     "launch": Verb("moe_recipes.launch.slurm.submit", "submit a recipe to Slurm"),
     "cluster": Verb("moe_recipes.launch.slurm.init", "write a cluster file from what Slurm says"),
     "image": Verb("moe_recipes.launch.image", "import or verify a container image"),
