@@ -47,8 +47,9 @@ ifneq ($(READY),)
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$(PYTHON) is missing or older than 3.11; name another: make PYTHON=python3.12" >&2; exit 1; }
-	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || \
-		{ rm -rf $(VENV); echo "no venv module; on Debian: apt-get install python3-venv" >&2; exit 1; }
+	@test -x $(PY) || $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "$(PYTHON) has no venv module; on Debian: apt-get install python3-venv" >&2; exit 1; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH)
 	$(PIP) -e '.[dev]'
 	@touch $@
@@ -61,11 +62,13 @@ host: $(HOST_VENV)/.ready
 $(HOST_VENV)/.ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$(PYTHON) is missing or older than 3.11; name another: make host PYTHON=python3.12" >&2; exit 1; }
-	@test -x $(HOST_VENV)/bin/python || $(PYTHON) -m venv $(HOST_VENV) || \
-		{ rm -rf $(HOST_VENV); echo "no venv module; on Debian: apt-get install python3-venv" >&2; exit 1; }
+	@test -x $(HOST_VENV)/bin/python || $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "$(PYTHON) has no venv module; on Debian: apt-get install python3-venv" >&2; exit 1; }
+	@test -x $(HOST_VENV)/bin/python || $(PYTHON) -m venv $(HOST_VENV)
 	$(HOST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-input $(HOST_PACKAGES)
 	$(HOST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-input --no-deps -e .
 	@touch $@
+	@echo "ready: $(abspath $(HOST_VENV))/bin/moe-recipes; next: moe-recipes cluster init"
 
 demo: $(READY)
 	$(PY) -m moe_recipes.launch.demo

@@ -1,4 +1,4 @@
-"""Where a step's time on the GPU goes, from the profiler's kernels: what kind of work each one is, and the idle rest."""
+"""Where a step's time on the GPU goes: the profiler's kernels by kind of work, and the idle rest."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class Kernel(NamedTuple):
 
 
 def part_of(name: str) -> str:
-    """The kind of work of a kernel by its name; what no sign matches is elementwise: norms, activations, casts, sums."""
+    """Kind of work of a kernel by its name; what no sign matches is elementwise: norms, activations, casts, sums."""
     lowered = name.lower()
     return next((part for part, signs in _SIGNS if any(sign in lowered for sign in signs)), "elementwise")
 
 
 def parts_ms(kernels: Iterable[Kernel]) -> dict[str, float]:
-    """Milliseconds by part, ``span`` from the first kernel's start to the last one's end, and ``idle``: the span without
-    any kernel. Kernels on several streams overlap, so the parts may add up to more than the busy time."""
+    """Milliseconds by part; ``span`` from the first kernel's start to the last one's end; ``idle``, the span without any
+    kernel. Kernels on several streams overlap, so the parts may add up to more than the busy time."""
     ordered = sorted(kernels, key=lambda kernel: kernel.start)
     if not ordered:
         return {}
@@ -51,7 +51,7 @@ def parts_ms(kernels: Iterable[Kernel]) -> dict[str, float]:
 
 
 def profiled(step: Callable[[], object], device: torch.device) -> dict[str, float] | None:
-    """``parts_ms`` of one call of ``step``; None on the CPU. The profiler slows the host: the idle part is too large."""
+    """``parts_ms`` of one call of ``step``; None on the CPU. The profiler slows the host: ``idle`` is too large."""
     if device.type != "cuda":
         return None
     from torch.profiler import ProfilerActivity, profile

@@ -18,7 +18,7 @@ from moe_recipes.config.resolve import from_tree, to_plain
 from moe_recipes.config.yaml_tree import Tree, read_tree
 
 CLUSTER_SHAPE = "a cluster file is a mapping of sections (slurm, container, paths, env, limits)"
-TIME_PATTERN = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d{1,2}):(?P<minutes>\d{2}):(?P<seconds>\d{2})")
+TIME_PATTERN = re.compile(r"(?:(?P<days>\d{1,4})-)?(?P<hours>\d{1,2}):(?P<minutes>\d{2}):(?P<seconds>\d{2})")
 SECRET_ENDINGS = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 
 
@@ -172,8 +172,8 @@ def load_cluster(path: str | Path) -> Cluster:
     """
     if not Path(path).is_file():
         raise MissingInputError(
-            f"{path}: no such cluster file; write it with `moe-recipes cluster init`, or name another (MOE_CLUSTER,"
-            " --cluster)"
+            f"{str(path) or repr('')}: no such cluster file; write it with `moe-recipes cluster init`, or name another"
+            " (MOE_CLUSTER, --cluster)"
         )
     tree = read_tree(Path(path), shape=CLUSTER_SHAPE)
     return _cluster(tree)
@@ -245,10 +245,32 @@ def _problems(cluster: Cluster) -> list[tuple[str, str]]:
     match = TIME_PATTERN.fullmatch(slurm.time)
     if match is None or int(match["minutes"]) > 59 or int(match["seconds"]) > 59 or parse_time(slurm.time) == 0:
         found.append(("slurm.time", f"= {slurm.time!r} must be D-HH:MM:SS or HH:MM:SS, in quotes"))
+    for key in ("partition", "account", "qos", "reservation", "gpu_type", "mem"):
+        # They become words of a batch script: a line's end in one would begin a command of its own.
+        if (value := getattr(slurm, key)) is not None and not re.fullmatch(r"[\w.,:@%+-]+", value):
+            found.append((f"slurm.{key}", f"= {value!r} must be one word of letters, digits and .,:@%+-_"))
     for option in slurm.extra:
         if not re.fullmatch(r"--[a-z][a-z-]+(=\S.*)?", option):
             found.append(("slurm.extra", f"has {option!r}; write --option or --option=value"))
-    found += [*_container_problems(cluster), *_path_problems(cluster), *_env_problems(cluster)]
+    found += [*_text_problems(cluster), *_container_problems(cluster), *_path_problems(cluster)]
+    found += _env_problems(cluster)
+    return found
+
+
+def _text_problems(cluster: Cluster) -> list[tuple[str, str]]:
+    """Control characters and empty words, which no command line can carry."""
+    texts = [
+        (f"{section}.{key}", value)
+        for section in ("slurm", "container", "paths")
+        for key, values in to_plain(getattr(cluster, section)).items()
+        for value in (values if isinstance(values, list | tuple) else [values])
+        if isinstance(value, str)
+    ]
+    found = [
+        (key, f"has {value!r}; write it without control characters") for key, value in texts if not value.isprintable()
+    ]
+    if not cluster.container.python:
+        found.append(("container.python", "= '' must name a program; leave it out for python3"))
     return found
 
 

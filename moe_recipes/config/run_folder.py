@@ -16,6 +16,7 @@ import os
 import socket
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -159,12 +160,7 @@ class RunFolder:
         Raises:
             CannotWriteError: the file cannot be written.
         """
-        line = json.dumps({"time": now(), "event": event, **fields}) + "\n"
-        try:
-            with self.events.open("ab") as file:
-                file.write(line.encode())
-        except OSError as error:
-            raise _cannot_write(self.events, error) from error
+        append_line(self.events, {"time": now(), "event": event, **fields})
 
     def update_manifest(self, **fields: Any) -> None:
         """Set top-level keys of manifest.json."""
@@ -196,14 +192,22 @@ class RunFolder:
         try:
             self.attempts.mkdir(parents=True, exist_ok=True)
             taken = [int(item.name) for item in self.attempts.iterdir() if item.name.isdigit()]
-            folder = self.attempts / str(max(taken, default=0) + 1)
-            folder.mkdir()
+            folder = self._make_attempt(max(taken, default=0) + 1)
             link = self.attempts / f".latest-{uuid.uuid4().hex}"
             link.symlink_to(folder.name)
             link.replace(self.attempts / "latest")
         except OSError as error:
             raise _cannot_write(self.attempts, error) from error
         return folder
+
+    def _make_attempt(self, number: int) -> Path:
+        """The first number from here on that nobody took: another start may be quicker, and a network file system may
+        show this host an old list of the folder."""
+        while True:
+            with suppress(FileExistsError):
+                (folder := self.attempts / str(number)).mkdir()
+                return folder
+            number += 1
 
     def read_recipe(self, overrides: tuple[str, ...] = ()) -> Recipe:
         """The recipe that the run was started with.
@@ -321,7 +325,22 @@ def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
                 os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where the folder itself is gone or no folder, this fails as well
+            temporary.unlink()
+        raise _cannot_write(path, error) from error
+
+
+def append_line(path: Path, record: Mapping[str, Any], *, durable: bool = False) -> None:
+    """Add one object to a file of JSON lines, or CannotWriteError. Half a line of a power loss costs only itself."""
+    try:
+        with path.open("ab+") as file:
+            size = file.seek(0, os.SEEK_END)
+            torn = size > 0 and (file.seek(size - 1), file.read(1))[1] != b"\n"
+            file.write((b"\n" if torn else b"") + json.dumps(record).encode() + b"\n")
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+    except OSError as error:
         raise _cannot_write(path, error) from error
 
 

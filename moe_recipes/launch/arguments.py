@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
+
+CODE_DIR = Path(__file__).resolve().parents[2]
+"""The clone that this package is used from."""
+
+DEFAULT_CLUSTER = "clusters/local.yaml"
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
@@ -28,4 +35,10 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def add_cluster(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cluster", required=True, metavar="FILE", help="the cluster file, say clusters/local.yaml")
+    """``--cluster``, with the file that the scripts in slurm/ would take as its default."""
+    parser.add_argument(
+        "--cluster",
+        default=os.environ.get("MOE_CLUSTER") or str(CODE_DIR / DEFAULT_CLUSTER),
+        metavar="FILE",
+        help=f"the cluster file; $MOE_CLUSTER or {DEFAULT_CLUSTER} if not given",
+    )

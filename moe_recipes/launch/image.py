@@ -162,7 +162,8 @@ def _kind_of(source: str) -> str:
         return "folder"
     if not path.is_file():
         uri = re.sub(r"^([\w.-]+\.[\w.-]+(?::\d+)?)/", r"\1#", source)  # enroot writes # after a registry's host
-        hint = f"; a registry's image is written docker://{uri}" if "/" in source or ":" in source else ""
+        named = ("/" in source or ":" in source) and not source.startswith(("/", ".", "~"))
+        hint = f"; a registry's image is written docker://{uri}" if named else ""
         raise MissingInputError(f"no file or folder {source}{hint}")
     with path.open("rb") as file:
         if file.read(4) == SQUASHFS_MAGIC:
@@ -236,6 +237,8 @@ def _squash(source: Path, made: Path) -> str:
         if code != 0 or not made.is_file():
             said.seek(0)
             words = " ".join(said.read().split()) or "it said nothing"
+            if "No space left" in words:
+                raise CannotWriteError(f"{made.parent}: cannot be written: No space left on device; free space")
             raise EnvironmentMismatchError(f"mksquashfs of {source} ended with {code}: {words[-300:]}")
     return _version_of(program, "-version")
 

@@ -34,6 +34,7 @@ KILL_VARIABLE = "MOE_SHAKEDOWN_KILL"
 KILL_EVENT = "shakedown kill"
 VERDICT_SCHEMA_VERSION = 1
 
+MTP_KEY = "num_nextn_predict_layers"
 Mode = Literal["off", "full", "narrow"]
 
 
@@ -91,7 +92,13 @@ def shakedown_recipe(recipe: Recipe, *, narrow: bool = False, num_ranks: int | N
             cache_dir=None,
         ),
         optim=replace(recipe.optim, warmup_steps=0),
-        train=replace(recipe.train, steps=STEPS, grad_accum_steps=1, validate_every_steps=0),
+        train=replace(
+            recipe.train,
+            steps=STEPS,
+            grad_accum_steps=1,
+            validate_every_steps=0,
+            mtp_loss_coef=recipe.train.mtp_loss_coef if config.get(MTP_KEY) else None,  # the package's copy has none
+        ),
         checkpoint=replace(recipe.checkpoint, every_steps=SAVED_STEP, save_last=True, export=True),
         log=replace(recipe.log, every_steps=1, wandb="off"),
     )
@@ -133,7 +140,7 @@ def _small_model(model: Model, *, narrow: bool, ep_size: int) -> tuple[Model, di
             raise
         random = replace(random, source=f"{PACKAGE_PREFIX}{PACKAGED_NAMES[model.source]}", revision=None)
         config, _, _ = read_model_config(random)
-    cuts = few_layers(config)
+    cuts = few_layers(config) | ({MTP_KEY: 1} if config.get(MTP_KEY) else {})
     if narrow:
         cuts |= narrow_widths(config, ep_size=ep_size)
         random = replace(random, dtype="float32")

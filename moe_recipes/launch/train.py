@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
 from collections.abc import Mapping
 
 from moe_recipes.config.checks import check_model_config, check_recipe, recipe_notes
-from moe_recipes.config.errors import EXIT_OK, RecipeError
+from moe_recipes.config.errors import EXIT_OK, EnvironmentMismatchError, RecipeError
 from moe_recipes.config.model_config import read_model_config
 from moe_recipes.config.recipe import Recipe
 from moe_recipes.config.resolve import load_recipe, recipe_to_dict
 from moe_recipes.config.run_folder import RunFolder, check_run, prepare_run, run_folder_of
 from moe_recipes.launch.arguments import add_cpu, add_json, add_overrides, add_recipe
 from moe_recipes.launch.local import run_ranks
+from moe_recipes.launch.operator.slurm import may_be_there
+from moe_recipes.launch.slurm.lock import local_lock
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,14 +75,30 @@ def rank_command(module: str, folder: RunFolder, recipe: Recipe, *, cpu: bool) -
 def run_here(
     command: list[str], recipe: Recipe, folder: RunFolder, options: argparse.Namespace, *, uses_status: bool
 ) -> int:
+    check_packages()
     terminal = sys.stderr.buffer if options.json else None
-    code, cause = run_ranks(
-        command, num_ranks=recipe.parallel.num_ranks, folder=folder, uses_status=uses_status, terminal=terminal
-    )
+    with local_lock(folder, is_alive=may_be_there):
+        code, cause = run_ranks(
+            command, num_ranks=recipe.parallel.num_ranks, folder=folder, uses_status=uses_status, terminal=terminal
+        )
     if options.json:
         answer = {"run": str(folder.path), "exit_code": code, "status": folder.read_status()}
         print(json.dumps(answer if code == EXIT_OK else {"error": cause, **answer}))
     return code
+
+
+def check_packages() -> None:
+    """Refuse a Python that cannot train: the host side of Slurm (`make host`) has the same commands and no torch.
+
+    Raises:
+        EnvironmentMismatchError: names the packages that are missing.
+    """
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise EnvironmentMismatchError(
+            f"{sys.executable} has no {' and no '.join(missing)}; run `make setup` and use .venv/bin/moe-recipes, or"
+            " submit the work: moe-recipes launch"
+        )
 
 
 def started_rank(environ: Mapping[str, str], num_ranks: int) -> int | None:

@@ -45,7 +45,9 @@ def replay(folder: RunFolder) -> dict[str, Any]:
     try:
         import wandb
     except ImportError as error:
-        raise EnvironmentMismatchError("wandb is not installed here; run `pip install wandb`") from error
+        raise EnvironmentMismatchError(
+            f"{sys.executable} has no wandb; run: {sys.executable} -m pip install wandb"
+        ) from error
     recipe, records = folder.read_recipe(), read_records(folder.metrics)
     if not records:
         raise MissingInputError(f"{folder.metrics}: holds no step yet; try again after the first")

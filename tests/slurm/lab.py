@@ -12,7 +12,6 @@ from __future__ import annotations
 import atexit
 import ctypes
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -145,6 +144,13 @@ class Lab:
         if wait:
             self._wait_for_command("scontrol", "ping")
 
+    def slurmdbd_stop(self) -> None:
+        self._end_daemon("slurmdbd", signal.SIGTERM)
+
+    def slurmdbd_start(self) -> None:
+        self._start_daemon("slurmdbd", ["slurmdbd", "-D"], {"MYSQL_UNIX_PORT": f"{self.folder}/db.sock"})
+        self._wait_for_command("sacctmgr", "-n", "show", "cluster")
+
     def run(
         self,
         *command: str | Path,
@@ -262,8 +268,7 @@ class Lab:
         database = ["mariadbd", "--no-defaults", "--user=root", *data, f"--socket={self.folder}/db.sock"]
         self._start_daemon("mariadbd", [*database, f"--pid-file={self.folder}/db.pid", *options], own_tmp)
         self._wait_for_command("mariadb-admin", "--no-defaults", f"--socket={self.folder}/db.sock", "ping")
-        self._start_daemon("slurmdbd", ["slurmdbd", "-D"], {"MYSQL_UNIX_PORT": f"{self.folder}/db.sock"})
-        self._wait_for_command("sacctmgr", "-n", "show", "cluster")
+        self.slurmdbd_start()
         # One process for all lines, and before the controller asks for them: a later one may miss some.
         user = f"add user root account={ACCOUNT} cluster=lab qos=normal,{QOS} defaultqos=normal"
         lines = ["add cluster lab", f"add qos {QOS}", f"add account {ACCOUNT} cluster=lab", user]
@@ -327,17 +332,6 @@ def running_lab(num_nodes: int = 4, gpus_per_node: int = 8, *, plugstack: Sequen
     finally:
         lab.down()
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def expand(nodes: str) -> list[str]:
-    """The names in a node list of this lab, such as ``node[1-2,4]``."""
-    if not (match := re.fullmatch(r"node\[(.+)\]", nodes)):
-        return [nodes]
-    names = []
-    for part in match[1].split(","):
-        first, _, last = part.partition("-")
-        names += [f"node{number}" for number in range(int(first), int(last or first) + 1)]
-    return names
 
 
 def _die_with_parent() -> None:

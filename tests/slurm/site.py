@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -122,6 +123,17 @@ class Run:
 
     def durable_steps(self) -> list[int]:
         return [record["step"] for record in self.lines("events.jsonl") if record["event"] == "checkpoint"]
+
+
+def expand(nodes: str) -> list[str]:
+    """The names in a node list of this lab, such as ``node[1-2,4]``."""
+    if not (match := re.fullmatch(r"node\[(.+)\]", nodes)):
+        return [nodes]
+    names = []
+    for part in match[1].split(","):
+        first, _, last = part.partition("-")
+        names += [f"node{number}" for number in range(int(first), int(last or first) + 1)]
+    return names
 
 
 def reaches_step(run: Run, step: int) -> Callable[[], bool]:

@@ -8,8 +8,7 @@ import signal
 
 import pytest
 
-from tests.slurm.lab import expand
-from tests.slurm.site import JOB_S, Run, Site, signal_rank
+from tests.slurm.site import JOB_S, Run, Site, expand, signal_rank
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 
@@ -75,7 +74,7 @@ def test_a_crash_loop_ends_in_93_and_a_held_job(site: Site) -> None:
     job, run = site.train()
     site.lab.wait_for(lambda: [r for r in run.ledger if r["event"] == "hold"], 2 * JOB_S, job)
     site.lab.wait_for(lambda: "Held" in site.lab.reason_of(job) or "held" in site.lab.reason_of(job), JOB_S, job)
-    assert site.lab.state_of(job) == "PENDING"
+    site.lab.wait_for_state(job, "PENDING", JOB_S)
     assert len(run.endings) == 4
     assert {end["kind"] for end in run.endings} == {"infrastructure"}
     assert {end["rank"] for end in run.endings} == {3}

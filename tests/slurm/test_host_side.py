@@ -15,13 +15,17 @@ import pytest
 from moe_recipes.config.cluster import load_cluster
 from moe_recipes.config.errors import InfrastructureError, MissingInputError
 from moe_recipes.launch.cli import main
-from moe_recipes.launch.slurm import commands
+from moe_recipes.launch.slurm import commands, excluded
+from moe_recipes.launch.slurm.supervise import is_alive
+from moe_recipes.launch.slurm.watch import kill_wait_s
 from tests.slurm.lab import Lab
 from tests.slurm.site import ROOT, Site
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
-NOT_COPIED = shutil.ignore_patterns(".git", ".venv", ".host", "runs", "__pycache__", ".*_cache", "*.egg-info", ".gpu")
+NOT_COPIED = shutil.ignore_patterns(
+    ".git", ".venv", ".host", "runs", "__pycache__", ".*_cache", "*.egg-info", ".gpu", "local.yaml"
+)
 MOST_BYTES = 100_000_000
 APPTAINER = """\
 #!/bin/bash
@@ -52,19 +56,28 @@ def test_make_host_is_small_has_no_torch_and_runs_both_paths(site: Site, slurm_f
     without = "import importlib.util as u, sys; sys.exit(any(map(u.find_spec, ('torch', 'transformers', 'numpy'))))"
     assert subprocess.run([host / "bin" / "python", "-c", without], cwd=host).returncode == 0
     site.write_cluster(container={"runtime": "none", "python": sys.executable, "image": None, "mounts": []})
-    environ = {"MOE_CLUSTER": str(site.cluster), "MOE_WORK": "probe"}
+    environ = {"MOE_WORK": "probe", "PYTHONPATH": ""}  # the package is the one that `make host` has installed
+    missing = site.lab.sbatch("slurm/tiny.sh", cwd=clone, env=environ)
+    assert site.lab.wait_for_end(missing).exit_code == "66:0"
+    assert f"{clone}/clusters/local.yaml: no such cluster file; write it with" in site.lab.output_of(missing)
+    shutil.copy(site.cluster, clone / "clusters" / "local.yaml")
+    excluded.add(site.runs / "excluded_nodes.json", "node1", reason="went bad", job="1", hours=1)
     by_script = site.lab.sbatch("slurm/tiny.sh", cwd=clone, env=environ)
     site.lab.wait_for_state(by_script, "COMPLETED")
+    # sbatch has read no file: the job got the bad node, and says so.
+    assert "note: node1 of this job is in " in site.lab.output_of(by_script)
+    assert "sbatch --exclude=node1\n" in site.lab.output_of(by_script)
     words = [host / "bin" / "moe-recipes", "launch", "tiny_slurm", "--nodes=2", "--json"]
     by_launch = json.loads(site.lab.run(*words, cwd=clone, env=environ).stdout)["job"]
     site.lab.wait_for_state(by_launch, "COMPLETED")
     run = site.run("tiny_slurm")
     assert [end["kind"] for end in run.endings] == ["done", "done"]
-    for attempt in ("1", "2"):
+    for attempt, nodes in (("1", {"node1", "node2"}), ("2", {"node2", "node3"})):
         probes = [json.loads(path.read_text()) for path in (run.path / "attempts" / attempt).glob("probe-*.json")]
         assert {(probe["rank"], probe["code"]) for probe in probes} == {
             (r, str(clone / "moe_recipes")) for r in range(4)
         }
+        assert {probe["host"] for probe in probes} == nodes
     for job in (by_script, by_launch):
         folder = run.path / "slurm" / job
         assert folder.stat().st_mode & 0o777 == 0o700
@@ -147,3 +160,42 @@ def test_patience_lasts_until_the_scheduler_is_back(of_lab: Lab) -> None:
         of_lab.slurmctld_start()
     asks.join(60)
     assert answers == [job]
+
+
+def test_times_are_read_whatever_format_the_site_has_set(of_lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = of_lab.sbatch("--time=5", "--wrap=sleep 60")
+    of_lab.wait_for_state(job, "RUNNING")
+    monkeypatch.setenv("SLURM_TIME_FORMAT", "relative")
+    facts = commands.job_facts(job)
+    assert facts.start_time is not None
+    assert facts.end_time == facts.start_time + 300
+
+
+def test_a_job_that_is_stopped_still_has_its_run_folder(of_lab: Lab) -> None:
+    job = of_lab.sbatch("--time=5", "--wrap=sleep 60")
+    of_lab.wait_for_state(job, "RUNNING")
+
+    def is_stopped() -> bool:
+        of_lab.run("scancel", "--full", "--signal=STOP", job)  # one that comes before the script has started is lost
+        return commands.job_facts(job).state == "STOPPED"
+
+    of_lab.wait_for(is_stopped, 30)
+    assert is_alive(job)
+    of_lab.run("scancel", "--full", "--signal=CONT", job)
+    commands.cancel_job(job)
+    of_lab.wait_for(lambda: not is_alive(job), 30)
+
+
+def test_an_accounting_that_is_away_costs_no_answer(of_lab: Lab) -> None:
+    job = of_lab.sbatch("--wrap=sleep 60")
+    of_lab.slurmdbd_stop()
+    try:
+        assert commands.sacct_records(job) == []
+        assert commands.job_facts(job).job_id == job
+    finally:
+        of_lab.slurmdbd_start()
+    of_lab.wait_for(lambda: commands.sacct_records(job), 30)
+
+
+def test_the_time_before_a_kill_is_that_of_slurm(of_lab: Lab) -> None:
+    assert f"KillWait={kill_wait_s():.0f}" in of_lab.conf.read_text().split()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,6 +51,7 @@ def test_a_killed_session_leaves_no_process(slurm_folder: Path) -> None:
         session.send_signal(signal.SIGKILL)
         session.wait()
     wait_until(lambda: not processes_of(folder), 20, lambda: "\n".join(processes_of(folder)))
+    shutil.rmtree(folder)  # what a killed session cannot do itself
 
 
 def test_power_loss_ends_all_processes_of_one_node_and_the_job_starts_again(lab: Lab) -> None:

@@ -71,7 +71,7 @@ def test_a_job_is_answered_for_from_the_queue_to_the_end(lab: Lab, slurm_folder:
 
     job.wait(lambda: (job.run.read_status() or {}).get("state") == "running")
     job.wait(lambda: "of start 1" in "".join(ask(lab, folder, "logs", job.id, "--rank", "1").get("lines", [])))
-    assert ask(lab, folder, "logs", job.id, "--attempt", "1")["lines"] == ["rank 0 of start 0"]
+    assert ask(lab, folder, "logs", job.id, "--attempt", "1")["lines"] == ["rank 0 of start 0", "told by SIGUSR2"]
     assert ask(lab, folder, "stop", job.id)["file"] == str(job.run.stop_file)
     assert lab.wait_for_end(job.id).state == "COMPLETED", job.output
     why = ask(lab, folder, "why", job.id)

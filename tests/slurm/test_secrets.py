@@ -117,11 +117,25 @@ def check_slurm(lab: Lab, job: str, folder: Path) -> None:
     assert {name: text for name, text in said.items() if holds(text.encode())} == {}
 
 
-def watch(site: Site, job: str, run: Run, folder: Path) -> None:
+def requeue(site: Site, job: str, run: Run) -> None:
+    """Have the job save and start again: the second start has the tokens too, and goes on in the same W&B run."""
+    site.lab.run("scancel", "--batch", "--signal=USR2", job)
+    site.lab.wait_for(lambda: (run.path / "attempts/2").exists(), JOB_S, job)
+    first, *_ = run.durable_steps()
+    site.lab.wait_for(lambda: run.steps[-1] > first, JOB_S, job)
+    check_processes(job)
+    site.lab.wait_for(lambda: len(list(run.path.glob("wandb/offline-run-*"))) == 2, JOB_S, job)
+    ids = {path.name.rpartition("-")[2] for path in run.path.glob("wandb/offline-run-*")}
+    assert ids == {(run.path / "wandb_id").read_text().strip()}
+
+
+def watch(site: Site, job: str, run: Run, folder: Path, *, requeued: bool) -> None:
     """Look at processes and Slurm once the job trains, then let it come to its end and look at all that is left."""
     site.lab.wait_for(lambda: run.steps and run.steps[-1] >= 1, JOB_S, job)
     check_processes(job)
     check_slurm(site.lab, job, folder)
+    if requeued:
+        requeue(site, job, run)
     (run.path / "STOP").touch()
     assert site.lab.wait_for_end(job, JOB_S).exit_code == "0:0", site.lab.output_of(job)
     assert list(run.path.rglob("run-*.wandb")), "no W&B folder, so nothing was shown about it"
@@ -146,11 +160,11 @@ def test_a_canary_is_in_the_trainer_and_nowhere_else(site: Site, records: Path, 
     launched = site.lab.run(*command, *words, "--json", cwd=ROOT, env=leaky)
     assert not holds((launched.stdout + launched.stderr).encode())
     job = json.loads(launched.stdout)["job"]
-    watch(site, job, site.run("tiny_slurm"), tmp_path)
+    watch(site, job, site.run("tiny_slurm"), tmp_path, requeued=False)
 
     second = ["run_dir=" + str(site.runs / "by_script"), *OVERRIDES]
     job = site.script("tiny", *second, **leaky)
-    watch(site, job, site.run("by_script"), tmp_path)
+    watch(site, job, site.run("by_script"), tmp_path, requeued=True)
     assert not holds(site.lab.output_of(job).encode())
 
     # Everything that the cluster keeps: spools, saved state, daemons' logs, the database; and all runs.

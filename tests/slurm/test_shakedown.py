@@ -29,11 +29,12 @@ def leave_an_old_shakedown(run: Run) -> None:
 def test_a_job_loses_a_rank_is_requeued_and_passes(site: Site) -> None:
     run = site.run("tiny_slurm-shakedown")
     leave_an_old_shakedown(run)
-    job = site.script("tiny", MOE_SHAKEDOWN="1")
+    submitted = json.loads(site.launch("tiny_slurm", "--nodes=2", "--shakedown", "--json").stdout)
+    job = submitted["job"]
     site.lab.wait_for(lambda: "requeue" in [record["event"] for record in run.ledger], JOB_S, job)
     site.lab.wait_for(lambda: (run.path / "shakedown.json").exists(), JOB_S, job)
     record = site.lab.wait_for_end(job, JOB_S)
-    said = site.lab.output_of(job)
+    said = Path(submitted["log"]).read_text()
     assert (record.state, record.exit_code) == ("COMPLETED", "0:0"), said
     assert "shakedown PASS" in said
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from moe_recipes.launch.slurm import excluded
+from moe_recipes.launch.slurm.ledger import Ledger
 from tests.slurm.lab import Lab
 from tests.slurm.supervised import make_job, read_json
 
@@ -286,3 +287,50 @@ def test_the_probe_is_asked_once_and_needs_no_run(lab: Lab, folder: Path) -> Non
     assert job.run.read_status() is None
     told = read_json(attempt / "job.json")
     assert (told["job"], told["restart"], told["nodes"]) == (job.id, 0, job.ledger("start")[0]["nodes"])
+
+
+def test_a_limit_that_kills_the_ranks_still_leaves_a_verdict_and_a_requeue(lab: Lab, folder: Path) -> None:
+    body = """
+if restart > 0:
+    leave(0, "done")
+for number in (signal.SIGTERM, signal.SIGUSR2):
+    signal.signal(number, signal.SIG_IGN)
+step(1)
+save(1)
+time.sleep(600)
+"""
+    job = make_job(lab, folder, body).submit("--time=3")
+    job.wait_for_step(1)
+    lab.run("scontrol", "update", f"jobid={job.id}", "EndTime=now+5")
+    job.wait(lambda: job.ledger("requeue"), 120)
+    assert (job.end()["kind"], job.end()["exit_code"]) == ("time_limit", 75), job.output
+    assert lab.wait_for_end(job.id).state == "COMPLETED"
+    assert [end["kind"] for end in job.ledger("end")] == ["time_limit", "done"]
+
+
+def test_the_restart_count_of_the_submitting_shell_is_not_the_jobs(lab: Lab, folder: Path) -> None:
+    job = make_job(lab, folder, SAVES_WHEN_TOLD)
+    leaked = {"SLURM_RESTART_COUNT": "1"}
+    job.id = lab.sbatch("--nodes=2", "--ntasks-per-node=1", "--time=30", folder / "batch.sh", env=leaked)
+    job.wait_for_step(4)
+    lab.run("scancel", "--batch", "--signal=USR2", job.id)
+    assert lab.wait_for_end(job.id).state == "COMPLETED", job.output
+    assert [(end["kind"], end["restart"]) for end in job.ledger("end")] == [("preempted", 0), ("done", 1)]
+
+
+def test_a_signal_for_stacks_ends_no_supervisor(lab: Lab, folder: Path) -> None:
+    job = make_job(lab, folder, SAVES_WHEN_TOLD).submit()
+    job.wait_for_step(4)
+    lab.run("scancel", "--full", "--signal=USR1", job.id)
+    job.wait(lambda: "Current thread" in job.rank_log(1, 0))
+    lab.run("scancel", "--batch", "--signal=USR2", job.id)
+    assert lab.wait_for_end(job.id).state == "COMPLETED", job.output
+    assert [end["kind"] for end in job.ledger("end")] == ["preempted", "done"]
+
+
+def test_a_probe_files_no_end_of_another_job(lab: Lab, folder: Path) -> None:
+    job = make_job(lab, folder, "", work="probe")
+    Ledger(job.run).append("start", job="1", restart=0, attempt=1, nodes=["node1"])
+    job.submit()
+    assert lab.wait_for_end(job.id).state == "COMPLETED", job.output
+    assert [end["job"] for end in job.ledger("end")] == [job.id]

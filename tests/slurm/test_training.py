@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.lab import expand
-from tests.slurm.site import JOB_S, Run, Site, reaches_step, signal_rank
+from tests.slurm.site import JOB_S, Run, Site, expand, reaches_step, signal_rank
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 

@@ -22,6 +22,14 @@ srun: error: Node failure on node3
 slurmstepd-node1: error: *** STEP 10.0 ON node1 CANCELLED AT 2026-11-24T23:32:15 DUE TO NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS ***
 srun: Job step aborted: Waiting up to 12 seconds for job step to finish.
 """  # noqa: E501
+NO_YAML = """\
+  File "/code/moe_recipes/config/yaml_tree.py", line 15, in <module>
+    import yaml
+ModuleNotFoundError: No module named 'yaml'
+srun: error: node1: task 1: Exited with exit code 1
+srun: launch/slurm: _step_signal: Terminating StepId=1520.0
+srun: error: node1: task 0: Terminated
+"""
 TIME_LIMIT = "slurmstepd-node1: error: *** STEP 4.0 ON node1 CANCELLED AT 2026-11-24T23:30:29 DUE TO TIME LIMIT ***\n"
 
 
@@ -63,6 +71,13 @@ def attempt(tmp_path: Path) -> Attempt:
 def test_a_run_that_is_done_is_done_even_if_a_rank_falls_over_at_exit(attempt: Attempt) -> None:
     attempt.status("done", exit_code=0).end(0, 0).end(1, None, signum="SIGABRT")
     assert (attempt.cause(134).kind, attempt.cause(134).exit_code) == ("done", 0)
+
+
+def test_an_image_without_a_package_of_the_task_is_the_environment_and_no_bug(attempt: Attempt) -> None:
+    """The task dies in its imports, before it can make a log: it must not be started again."""
+    cause = attempt.srun(NO_YAML).cause(1)
+    assert (cause.kind, cause.exit_code, cause.rank, cause.node) == ("environment", 78, 1, "node1")
+    assert cause.message == "rank 1: ModuleNotFoundError: No module named 'yaml'"
 
 
 def test_a_stop_file_is_done_too(attempt: Attempt) -> None:

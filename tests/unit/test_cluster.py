@@ -155,6 +155,17 @@ def test_keys_do_not_belong_into_the_environment(small: Path) -> None:
     assert load_cluster(small).env == {"TOKENIZERS_PARALLELISM": "false"}
 
 
+def test_words_of_the_batch_script_are_words(small: Path) -> None:
+    """A line's end in one of them would begin a line of its own in the script that submitit writes."""
+    for bad in ('""', '"ma in"', '"main\\ntouch /tmp/x"', '"main\\x07"', "main;id", "$(id)"):
+        assert "slurm.partition = " in refused(small, "partition: batch", f"partition: {bad}"), bad
+    for key in ("account", "qos", "reservation", "gpu_type", "mem"):
+        assert f"slurm.{key} = '' must be one word" in refused(small, "slurm:", f"slurm:\n  {key}: ''")
+    assert "without control characters" in refused(small, "runs: /runs", 'runs: "/ru\\tns"')
+    assert "must name a program" in refused(small, "runtime: none", "runtime: none\n  python: ''")
+    assert "slurm.time" in refused(small, '"01:00:00"', '"99999999999-00:00:00"'), "Slurm would wrap it around"
+
+
 def test_a_file_may_extend_another(small: Path) -> None:
     other = small.with_name("other.yaml")
     other.write_text("extends: site.yaml\nslurm:\n  partition: debug\n")
@@ -215,6 +226,7 @@ def test_init_writes_what_slurm_says(
     assert "export SBATCH_ACCOUNT=physics" in said
     assert "container.image has no value yet" in said
     cluster = load_cluster(output)
+    assert cluster.name == "local"
     slurm = cluster.slurm
     assert (slurm.partition, slurm.account, slurm.time) == ("batch", "physics", "2-00:00:00")
     assert (slurm.gpus_per_node, slurm.gpu_type, slurm.cpus_per_task) == (8, "h100", 24)
@@ -224,7 +236,9 @@ def test_init_writes_what_slurm_says(
     assert main(words) == 64
     assert "edit it, or replace it with --force" in capsys.readouterr().err
     assert output.read_text() == "mine"
-    assert main([*words, "--force", "--image", "/images/a.sqsh", "--runs", "/runs"]) == 0
+    capsys.readouterr()
+    assert main([*words, "--force", "--image", "/images/a.sqsh", "--runs", "/runs", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["cluster"]["name"] == "local"
     assert load_cluster(output).container.image == "/images/a.sqsh"
     assert "gpus_per_node: 8" in cluster_text("batch", image=None, runs=None)
 

@@ -138,7 +138,12 @@ def test_what_is_unknown_is_one_line_and_66(tmp_path: Path) -> None:
     assert refused(66, "status", "31337", cwd=tmp_path) == (
         "no job 31337 in runs; give the folder of the run, or --runs DIR"
     )
-    assert refused(66, "status", "nope", cwd=tmp_path) == "no run 'nope', neither as a folder nor in runs"
+    assert refused(66, "status", "nope", cwd=tmp_path) == (
+        "no run 'nope', neither as a folder nor in runs; give the folder of the run, or --runs DIR"
+    )
+    slurm_run(tmp_path / "runs" / "tiny_slurm")
+    assert refused(66, "status", "tiny_slrm", cwd=tmp_path).endswith("; did you mean 'tiny_slurm'?")
+    assert "JOB|RUN is empty" in refused(66, "status", "", cwd=tmp_path)
     (tmp_path / "docs").mkdir()
     assert refused(66, "status", "docs", cwd=tmp_path) == "docs is not the folder of a run: it has no recipe.json"
     for verb in ("why", "logs", "stop", "save", "wandb-sync", "bundle"):

@@ -172,6 +172,8 @@ def test_bad_checkpoint_folders(tmp_path: Path) -> None:
     assert "Not a directory" in bad.message
     missing = disk.read_back_probe(tmp_path, peer="b", nonce="x", num_bytes=10, wait_s=0.3)
     assert "b.bin: not seen here within 0.3 s" in missing.message
+    early = disk.read_back_probe(tmp_path / "not yet", peer="b", nonce="x", num_bytes=10, wait_s=0.3)
+    assert "b.bin: not seen here within 0.3 s" in early.message, "the writer beside it makes the folder"
     data = bytearray(disk.payload("x", "b", 1000))
     data[999] ^= 1
     disk.payload_file(tmp_path, "b").write_bytes(data)

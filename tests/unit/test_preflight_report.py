@@ -222,3 +222,8 @@ def test_the_task_needs_no_torch_outside_the_container(tmp_path: Path) -> None:
     (found,) = read_records(tmp_path, "outside")
     assert {probe["name"] for probe in found["probes"]} == {"GPU count", "GPU ECC", "GPU clocks", "GPU memory", "clock"}
     assert abs(found["time"] - time.time()) < 60
+
+
+def test_a_failure_is_no_pass_whatever_its_code() -> None:
+    bad = named(failed("the model does not fit", exit_code=20), "walltime", JOB)
+    assert Report(nodes=("n1",), probes=(bad,), seconds=0.0).exit_code == 20

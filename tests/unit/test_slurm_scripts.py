@@ -163,6 +163,17 @@ def test_an_old_python_is_one_line_that_says_how(tmp_path: Path) -> None:
         assert "MOE_PYTHON" in done.stderr
 
 
+def test_a_python_without_the_host_sides_packages_is_one_line_that_says_how(tmp_path: Path) -> None:
+    """Where nobody ran `make host`, a new enough python3 is found, and has neither submitit nor PyYAML."""
+    bare = tmp_path / "python3"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
+    bare.chmod(0o755)
+    environ = {"PATH": os.environ["PATH"], "MOE_PYTHON": str(bare), "SLURM_JOB_ID": "7"}
+    done = subprocess.run([INSIDE, "--cluster", "x", "y"], env=environ, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (78, "", 1)
+    assert " has no submitit or no PyYAML: run `make host` in " in done.stderr
+
+
 def test_a_script_outside_a_batch_job_says_so() -> None:
     environ = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
     environ |= {"SLURM_SUBMIT_DIR": str(ROOT), "MOE_PYTHON": sys.executable}
@@ -232,6 +243,29 @@ def test_launch_refuses_in_one_line(
     monkeypatch.delenv("MOE_WORK")
     site.write_text(site.read_text().replace("--spread-job", "--nodes=3"))
     assert "--nodes has another key" in refused(64, launch, capsys)
+
+
+def test_a_scheduler_that_is_away_is_69_and_not_the_users_fault(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(
+        "#!/bin/sh\necho 'sbatch: error: Unable to contact slurm controller (connect failure)' >&2; exit 1\n"
+    )
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
+    words = ["launch", "tiny_slurm", "--cluster", str(site), "--set", f"run_dir={tmp_path / 'run'}"]
+    for asked in ([], ["--test-only"]):
+        assert main([*words, *asked]) == 69
+        assert "the scheduler does not answer now" in capsys.readouterr().err
+
+
+def test_an_override_in_the_form_of_the_scripts_says_how(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["launch", "tiny_slurm", "--cluster", str(site), "train.steps=3", "--dry-run"]) == 64
+    assert "write --set train.steps=3" in capsys.readouterr().err
+    assert main(["launch", "tiny_slurm", "--cluster", str(site), "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["dry_run"].startswith("#!/bin/bash")
 
 
 def test_launch_without_slurm_says_so(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import tarfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from moe_recipes.config.errors import EXIT_OK, CannotWriteError, MoeRecipesError, SecretsError
@@ -195,5 +196,6 @@ def write_archive(output: Path, name: str, files: dict[str, str]) -> None:
                 archive.addfile(entry, io.BytesIO(data))
         temporary.replace(output)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a read-only file system refuses this too
+            temporary.unlink()
         raise CannotWriteError(f"{output}: cannot be written: {error.strerror}; name another place with -o") from error

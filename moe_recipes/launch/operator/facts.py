@@ -152,7 +152,7 @@ class RunFacts:
         return self.state in TERMINAL_STATES
 
     def _starts(self) -> list[dict[str, Any]]:
-        starts = [record for record in (*self.events, *self.ledger) if record.get("event") == "start"]
+        starts = [r for r in (*self.events, *self.ledger) if r.get("event") == "start" and _trains(r)]
         return sorted(starts, key=lambda record: str(record.get("time")))
 
     @property
@@ -176,9 +176,11 @@ class RunFacts:
 
     @property
     def job(self) -> str | None:
-        """The newest job of the run."""
-        jobs = [str(record["job"]) for record in self.ledger if record.get("job") is not None]
-        return jobs[-1] if jobs else None
+        """The newest job of the run that trains; without one, the newest of any work."""
+        jobs = [record for record in self.ledger if record.get("job") is not None]
+        training = {record["job"] for record in jobs if record["event"] == "start" and _trains(record)}
+        newest = [str(record["job"]) for record in jobs if record["job"] in training or not training]
+        return newest[-1] if newest else None
 
     @property
     def first_start_s(self) -> float | None:
@@ -251,6 +253,11 @@ class RunFacts:
             next=None,
             next_reason=None,
         )
+
+
+def _trains(start: dict[str, Any]) -> bool:
+    """The work of a start; events.jsonl knows only those that train."""
+    return bool(start.get("work", "train") == "train")
 
 
 def _numbers(values: Iterable[float | None]) -> list[float]:

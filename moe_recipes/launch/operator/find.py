@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import re
 from contextlib import suppress
@@ -11,12 +12,11 @@ from pathlib import Path
 
 from moe_recipes.config.errors import MissingInputError, MoeRecipesError
 from moe_recipes.config.run_folder import RunFolder
-from moe_recipes.launch.arguments import add_json
+from moe_recipes.launch.arguments import CODE_DIR, DEFAULT_CLUSTER, add_json
 from moe_recipes.launch.operator.slurm import job_state
 from moe_recipes.launch.slurm.job_index import run_of_job
 
 JOB = re.compile(r"\d+(?:[_+.]\w+)*")
-CLUSTER_FILE = Path("clusters") / "local.yaml"
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,17 @@ def find_run(word: str, runs: str | None = None) -> Found:
                     return Found(RunFolder(path), job)
                 raise MissingInputError(_why_no_run(job, path))
         raise MissingInputError(f"no job {job} in {looked}; give the folder of the run, or --runs DIR")
+    if not word:
+        raise MissingInputError("JOB|RUN is empty; give a job's number, the folder of a run, or its name")
     for path in (Path(word).expanduser(), *(place / word for place in places)):
         if is_run(path):
             return Found(RunFolder(path), None)
     if Path(word).expanduser().is_dir():
         raise MissingInputError(f"{word} is not the folder of a run: it has no recipe.json")
-    raise MissingInputError(f"no run {word!r}, neither as a folder nor in {looked}")
+    known = [path.name for place in places if place.is_dir() for path in place.iterdir() if is_run(path)]
+    near = difflib.get_close_matches(word, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "; give the folder of the run, or --runs DIR"
+    raise MissingInputError(f"no run {word!r}, neither as a folder nor in {looked}{hint}")
 
 
 def _why_no_run(job: str, path: Path) -> str:
@@ -72,15 +77,17 @@ def is_run(path: Path) -> bool:
 
 
 def runs_folders() -> list[Path]:
-    """``paths.runs`` of the cluster file that the job scripts would take, and ``runs`` of the working folder.
+    """``paths.runs`` of the cluster files that jobs from here and from this clone take, and ``runs`` of the working
+    folder.
 
     A cluster file that cannot be read is no reason to answer nothing: then only ``runs`` is looked at.
     """
     places = []
-    cluster_file = Path(os.environ.get("MOE_CLUSTER") or CLUSTER_FILE)
-    if cluster_file.is_file():
-        from moe_recipes.config.cluster import load_cluster
+    named = os.environ.get("MOE_CLUSTER")
+    for file in [Path(named)] if named else [Path(DEFAULT_CLUSTER), CODE_DIR / DEFAULT_CLUSTER]:
+        if file.is_file():
+            from moe_recipes.config.cluster import load_cluster
 
-        with suppress(MoeRecipesError):
-            places.append(Path(load_cluster(cluster_file).paths.runs).expanduser())
-    return [*places, Path("runs")]
+            with suppress(MoeRecipesError):
+                places.append(Path(load_cluster(file).paths.runs).expanduser())
+    return [*dict.fromkeys(places), Path("runs")]

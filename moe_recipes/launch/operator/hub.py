@@ -88,11 +88,13 @@ def cache_folder() -> Path:
     try:
         from huggingface_hub import constants
     except ImportError as error:
-        raise EnvironmentMismatchError(
-            "prefetch needs the huggingface_hub package; run `pip install huggingface_hub`, or use an environment"
-            " that has it"
-        ) from error
+        raise _no_client() from error
     return Path(constants.HF_HUB_CACHE)
+
+
+def _no_client() -> EnvironmentMismatchError:
+    pip = f"{sys.executable} -m pip install huggingface_hub datasets"
+    return EnvironmentMismatchError(f"{sys.executable} has no huggingface_hub, which prefetch needs; run: {pip}")
 
 
 @contextmanager
@@ -128,9 +130,15 @@ def hub_errors(what: str) -> Iterator[None]:
 
 
 def quiet_client() -> None:
-    """Leave stderr to errors: no retries in words, and bars only on a terminal."""
-    from huggingface_hub.utils import disable_progress_bars, logging
+    """Leave stderr to errors: no retries in words, and bars only on a terminal.
 
+    Raises:
+        EnvironmentMismatchError: this Python has no huggingface_hub, as that of `make host`.
+    """
+    try:
+        from huggingface_hub.utils import disable_progress_bars, logging
+    except ImportError as error:
+        raise _no_client() from error
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         disable_progress_bars()

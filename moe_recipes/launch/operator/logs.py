@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +52,8 @@ def run(options: argparse.Namespace) -> int:
     if rest and not options.follow:
         lines.append(rest.decode(errors="replace"))
     lines = lines[-options.lines :] if options.lines else lines
+    if not lines and not options.follow and not options.json:
+        print(f"{log.path} is empty so far", file=sys.stderr)
     if options.json and not options.follow:
         answer = {"log": str(log.path), "attempt": log.attempt, "rank": log.rank, "lines": lines}
         print(json.dumps(answer, indent=2))

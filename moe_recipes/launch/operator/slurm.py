@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from moe_recipes.config.errors import MoeRecipesError
+from moe_recipes.config.errors import InfrastructureError, MoeRecipesError
 from moe_recipes.launch.slurm.commands import run_slurm
 
 TIMEOUT_S = 5.0
@@ -29,7 +29,20 @@ def ask(words: Sequence[str]) -> tuple[int | None, str]:
 
 
 def job_state(job: str) -> JobState | None:
-    """The job in squeue, or None where it has ended, is unknown, or Slurm does not answer."""
-    code, output = ask(["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T|%N|%r"])
-    parts = output.splitlines()[0].split("|") if code == 0 and output.strip() else []
+    """The job in squeue; its state is ``UNKNOWN`` where Slurm does not answer. None where it has ended, is unknown, or
+    this host has no squeue."""
+    words = ["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T|%N|%r"]
+    try:
+        done = run_slurm(words, timeout_s=TIMEOUT_S)
+    except InfrastructureError:
+        return JobState("UNKNOWN", "", "Slurm does not answer")
+    except MoeRecipesError:
+        return None
+    parts = done.stdout.splitlines()[0].split("|") if done.returncode == 0 and done.stdout.strip() else []
     return JobState(*parts) if len(parts) == 3 else None
+
+
+def may_be_there(job: str) -> bool:
+    """Whether the job waits or runs; also where Slurm does not answer, since nothing says that it has ended."""
+    code, output = ask(["squeue", "--noheader", f"--jobs={job}", "--format=%T"])
+    return code is None or (bool(output.strip()) if code == 0 else "Invalid job id" not in output)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from moe_recipes.config.errors import EXIT_INFRASTRUCTURE, EXIT_OK
+from moe_recipes.config.errors import EXIT_INFRASTRUCTURE, EXIT_OK, MoeRecipesError
 from moe_recipes.launch.preflight.probe import JOB, Probe
 from moe_recipes.launch.preflight.report import Report, table
 from moe_recipes.launch.preflight.step import RESULT, run_preflight
@@ -13,6 +13,7 @@ from moe_recipes.launch.slurm import excluded
 from moe_recipes.launch.slurm.causes import KIND_OF_CODE, Cause
 from moe_recipes.launch.slurm.commands import JobFacts
 from moe_recipes.launch.slurm.spec import JobSpec
+from moe_recipes.launch.words import LINE_PREFIX
 
 
 def preflight_cause(spec: JobSpec, job: JobFacts, attempt: Path, *, stop: Callable[[], bool]) -> Cause:
@@ -22,7 +23,7 @@ def preflight_cause(spec: JobSpec, job: JobFacts, attempt: Path, *, stop: Callab
     Args:
         stop: true once Slurm ends the job.
     Raises:
-        CannotWriteError: the run folder, or the file of bad nodes, cannot be written.
+        CannotWriteError: the run folder cannot be written.
     """
     report = run_preflight(spec, job, attempt, stop=stop)
     print(table(report), end="", flush=True)
@@ -30,7 +31,10 @@ def preflight_cause(spec: JobSpec, job: JobFacts, attempt: Path, *, stop: Callab
         for node in report.excluded[1:]:  # the first one is the cause's, which the supervisor files
             reason = f"preflight: {_said(report.failures(node)[0])}"
             hours = spec.cluster.limits.exclude_hours
-            excluded.add(spec.cluster.excluded_nodes, node, reason=reason, job=job.job_id, hours=hours)
+            try:
+                excluded.add(spec.cluster.excluded_nodes, node, reason=reason, job=job.job_id, hours=hours)
+            except MoeRecipesError as error:
+                print(f"{LINE_PREFIX}note: {node} is not in the list of excluded nodes: {error}", flush=True)
     return Cause(
         kind=KIND_OF_CODE[report.exit_code],
         exit_code=report.exit_code,

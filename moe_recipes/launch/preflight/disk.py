@@ -6,6 +6,7 @@ import hashlib
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,10 @@ def read_back_probe(
                 " mounted there"
             )
         time.sleep(0.1)
-        os.listdir(folder)  # a network file system may go on saying "not there" until the folder is read again
+        # A network file system may go on saying "not there" until the folder is read again. The folder itself may come
+        # late: all probes run side by side, and this node's own writer may not have made it yet.
+        with suppress(FileNotFoundError):
+            os.listdir(folder)
     if path.read_bytes() != payload(nonce, peer, num_bytes):
         return failed(f"{path}: reads other bytes than {peer} wrote; do not save checkpoints on this file system")
     return passed(num_bytes, message=f"written by {peer}")

@@ -78,7 +78,8 @@ class Report:
     @property
     def exit_code(self) -> int:
         codes = {self.code_of(probe) for probe in self.probes if probe.verdict == "fail"}
-        return next((code for code in EXIT_ORDER if code in codes), EXIT_OK)
+        # A probe hands on the code of any error; one that stands in no order is still a failure.
+        return next((code for code in EXIT_ORDER if code in codes), max(codes, default=EXIT_OK))
 
     def code_of(self, probe: Probe) -> int:
         """The exit code of a failed probe alone."""

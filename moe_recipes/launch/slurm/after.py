@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 from moe_recipes.config.errors import MissingInputError, MoeRecipesError
 from moe_recipes.launch.slurm import commands, excluded
 from moe_recipes.launch.slurm.commands import JobFacts
+from moe_recipes.launch.slurm.endings import LATE_FILES_S, missing_endings
 from moe_recipes.launch.slurm.late import record_of
 from moe_recipes.launch.slurm.ledger import Event, Record
 from moe_recipes.launch.slurm.policy import Decision
@@ -31,6 +33,18 @@ class Speaker(Protocol):
     def write(self, event: Event, **fields: Any) -> Record: ...
 
 
+def wait_for_endings(attempt: Path, srun_code: int | None, *, stop: Callable[[], bool]) -> None:
+    """Wait until this host sees what the ranks of other nodes left, on a file system that shows files late: a missing
+    ending would be read as a task that never started, and its node would be blamed.
+
+    Args:
+        stop: true once Slurm ends the job; then there is no time.
+    """
+    deadline = time.monotonic() + LATE_FILES_S
+    while missing_endings(attempt, srun_code) and time.monotonic() < deadline and not stop():
+        time.sleep(0.5)
+
+
 def slurm_state(facts: JobFacts, restart: int, *, is_ending: bool) -> tuple[str | None, JobFacts]:
     """Why Slurm ends this start of the job: CANCELLED, PREEMPTED, REQUEUED, NODE_FAIL, TIMEOUT ...; None where it does
     not. scontrol shows only COMPLETING then, so the accounting is asked.
@@ -47,6 +61,8 @@ def slurm_state(facts: JobFacts, restart: int, *, is_ending: bool) -> tuple[str 
     running = facts.state == "RUNNING" and facts.restart_count == restart
     if running and not is_ending:
         return None, facts
+    if facts.reason == "TimeLimit":
+        return "TIMEOUT", facts
     deadline = time.monotonic() + VERDICT_S
     while True:
         record = record_of(commands.sacct_records(facts.job_id), restart)
@@ -57,8 +73,6 @@ def slurm_state(facts: JobFacts, restart: int, *, is_ending: bool) -> tuple[str 
         time.sleep(0.5)
     if facts.restart_count > restart:
         return "REQUEUED", facts
-    if facts.reason == "TimeLimit":
-        return "TIMEOUT", facts
     # Without an accounting. To ask for a requeue now would raise a job that somebody has cancelled.
     return (None if running else "CANCELLED"), facts
 

@@ -197,7 +197,8 @@ def _from_end(seen: _Evidence, end: RankEnd) -> Cause:
             kind="infrastructure", exit_code=errors.EXIT_INFRASTRUCTURE, message=message, rank=end.rank, node=end.node
         )
     line = last_line(log) if log is not None else None
-    said = end.cause or (line.text if line is not None else f"exited with code {end.exit_code}")
+    unlogged = seen.words.missing_package or f"exited with code {end.exit_code}"
+    said = end.cause or (line.text if line is not None else unlogged)
     code, kind = _judge(end.exit_code or errors.EXIT_INTERNAL, said)
     return seen.cause(kind, code, f"rank {end.rank}: {said}", rank=end.rank, node=end.node)
 

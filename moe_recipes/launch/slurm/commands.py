@@ -7,6 +7,7 @@ once; the supervisor of a job waits, because an hour without slurmctld must not 
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import shutil
 import signal
@@ -31,7 +32,12 @@ RETRY_S = (1.0, 2.0, 5.0, 10.0, 20.0)
 KEPT_VARIABLES = ("SLURM_CONF", "SLURM_CLUSTERS")
 """Where the cluster is, not which job this is: a submission from inside a job needs them."""
 
-_AWAY = re.compile(
+OVER = frozenset(
+    "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED REVOKED TIMEOUT".split()
+)
+"""States of a job that has no process any more. All others, STOPPED and STAGE_OUT among them, may still have some."""
+
+AWAY = re.compile(
     r"Unable to contact slurm controller|Connection refused|Socket timed out|Zero Bytes were transmitted"
     r"|Transport endpoint is not connected|Unable to connect to slurmdbd|slurm_persist_conn_open"
     r"|Slurm backup controller in standby|Communication connection failure|Resource temporarily unavailable",
@@ -153,11 +159,13 @@ def run_slurm(
     if path is None:
         raise EnvironmentMismatchError(f"this host has no {words[0]}; run this where Slurm's commands are in PATH")
     deadline = time.monotonic() + patience_s
+    # Sites set the format of times for their users; only the standard one can be read back.
+    whole = {**(os.environ if environ is None else environ), "SLURM_TIME_FORMAT": "standard"}
     for tried in itertools.count():
         try:
             done = subprocess.run(
                 [path, *words[1:]],
-                env=None if environ is None else dict(environ),
+                env=whole,
                 input=stdin if stdin is not None else "",
                 capture_output=True,
                 text=True,
@@ -166,7 +174,7 @@ def run_slurm(
             )
             if done.returncode == -signal.SIGTERM and tried == 0:
                 continue  # Slurm has just begun to end this job, and signals all of its processes once
-            if done.returncode == 0 or not _AWAY.search(done.stderr):
+            if done.returncode == 0 or not AWAY.search(done.stderr):
                 return done
             said = slurm_said(done.stderr)
         except subprocess.TimeoutExpired:
@@ -213,10 +221,14 @@ def job_facts(job_id: str, *, patience_s: float = 0.0) -> JobFacts:
 
 
 def sacct_records(job_id: str, *, patience_s: float = 0.0) -> list[JobRecord]:
-    """Every start of a job, oldest first. Empty where the accounting does not know it, or where there is none."""
+    """Every start of a job, oldest first. Empty where the accounting does not know it, does not answer within
+    ``patience_s`` seconds, or is not there: it tells more of a cause, but no run may hang on it."""
     columns = "JobIDRaw,State,ExitCode,NodeList,Reason,Start,End,Partition"
     words = ["sacct", "-D", "-X", "-P", "-n", "-j", check_job_id(job_id), "-o", columns]
-    done = run_slurm(words, patience_s=patience_s)
+    try:
+        done = run_slurm(words, patience_s=patience_s)
+    except InfrastructureError:
+        return []
     if done.returncode != 0:
         return []
     records = []

@@ -11,10 +11,14 @@ from pathlib import Path
 from moe_recipes.launch.words import rank_log
 
 SRUN_LOG = "srun.log"
+LATE_FILES_S = 40.0
+"""A network file system may show another host's new files this late."""
+
 CASCADE_S = 5.0
 """A rank that was killed may be seen this much later than the complaints of its peers: clocks of nodes differ."""
 
 _TASKS = re.compile(r"^srun: error: (?P<node>\S+): tasks? (?P<tasks>[\d,-]+): (?P<how>.+)$")
+_MISSING_PACKAGE = re.compile(r"(ModuleNotFoundError|ImportError): |\S+: No module named ")
 _CASCADE = re.compile(r"Terminating StepId|Job step aborted|Force Terminated|CANCELLED AT")
 _HOW = {
     "Killed": "SIGKILL",
@@ -59,6 +63,9 @@ class SrunWords:
     out_of_memory: bool = False
     why_cancelled: str | None = None
     """``TIME LIMIT``, ``PREEMPTION``, ``NODE FAILURE``, ``JOB REQUEUE``; empty for a plain cancel."""
+
+    missing_package: str | None = None
+    """The last line of a task's traceback, where its Python lacks a package: such a task leaves no log."""
 
     errors: tuple[str, ...] = ()
     """Error lines, without those about tasks."""
@@ -117,8 +124,16 @@ def read_srun_words(attempt: Path) -> SrunWords:
         failed_node=failed_node,
         out_of_memory=out_of_memory,
         why_cancelled=why,
+        missing_package=next((line for line in lines if _MISSING_PACKAGE.match(line)), None),
         errors=tuple(dict.fromkeys(errors)),
     )
+
+
+def missing_endings(attempt: Path, srun_code: int | None) -> bool:
+    """srun says that tasks ended by themselves, which leave a file each, but not all of those are to be seen here."""
+    ended = {end.rank for end in read_srun_words(attempt).ends if end.exit_code is not None}
+    seen = {end.rank for end in read_rank_ends(attempt)}
+    return not ended <= seen or (srun_code == 0 and not seen)
 
 
 def _task_ends(match: re.Match[str]) -> list[RankEnd]:

@@ -78,7 +78,10 @@ def _read_all(path: Path) -> list[ExcludedNode]:
     except ValueError as error:
         raise CorruptCheckpointError(f"{path}: not valid JSON: {error}; {mend}") from error
     try:
-        return [ExcludedNode(**entry) for entry in plain["nodes"]]
+        entries = [ExcludedNode(**entry) for entry in plain["nodes"]]
+        if not all(isinstance(value, str) for entry in entries for value in asdict(entry).values()):
+            raise TypeError("a value is no text")
+        return entries
     except (TypeError, KeyError) as error:
         raise CorruptCheckpointError(f"{path}: no list of excluded nodes ({error}); {mend}") from error
 

@@ -8,14 +8,15 @@ import os
 import re
 import shutil
 from collections import Counter
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from moe_recipes.config.cluster import Cluster, cluster_to_dict, load_cluster
 from moe_recipes.config.errors import EXIT_OK, CannotWriteError, MoeRecipesError, RecipeError
 from moe_recipes.config.yaml_tree import write_yaml
-from moe_recipes.launch.arguments import add_json
+from moe_recipes.launch.arguments import CODE_DIR, DEFAULT_CLUSTER, add_json
 from moe_recipes.launch.slurm.commands import NodeFacts, nodes_of_partition, run_slurm, slurm_command
-from moe_recipes.launch.slurm.job import CODE_DIR
 
 LONGEST = "1-00:00:00"
 """Time limit to write for a partition that has none."""
@@ -51,7 +52,7 @@ paths:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="init | check", required=True)
     init = actions.add_parser("init", help="write a cluster file from sinfo and scontrol")
-    init.add_argument("--output", default=str(CODE_DIR / "clusters" / "local.yaml"), metavar="FILE")
+    init.add_argument("--output", default=str(CODE_DIR / DEFAULT_CLUSTER), metavar="FILE")
     init.add_argument("--partition", help="the partition to use; Slurm's default one if not given")
     init.add_argument("--image", metavar="PATH", help="the container image, absolute")
     init.add_argument("--runs", metavar="FOLDER", help="where runs live, on a file system that all nodes share")
@@ -90,12 +91,13 @@ def _write(output: Path, text: str) -> Cluster:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text)
-        cluster = load_cluster(temporary)
+        cluster = replace(load_cluster(temporary), name=output.stem)
         temporary.replace(output)
     except OSError as error:
         raise CannotWriteError(f"{output}: cannot be written: {error.strerror}; name another --output") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a read-only file system refuses this too
+            temporary.unlink()
     return cluster
 
 

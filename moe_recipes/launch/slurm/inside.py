@@ -32,6 +32,8 @@ NO_LIMIT_S = 365 * 24 * 3600
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        if "required: recipe" in message:
+            raise RecipeError("export needs the folder of a run: sbatch slurm/export.sh RUN")
         raise RecipeError(f"{message}; write overrides as section.key=value")
 
 
@@ -56,6 +58,8 @@ def _prepare(words: Sequence[str]) -> Path:
         raise RecipeError("this is no batch job; submit the script: sbatch slurm/NAME.sh")
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         raise RecipeError("a job array would start the same run several times; submit single jobs")
+    if "SLURM_HET_SIZE" in os.environ:
+        raise RecipeError("a heterogeneous job has several node lists, of which one would be used; submit a plain job")
     job = job_facts(job_id, patience_s=PATIENCE_S)
     cluster = load_cluster(options.cluster)
     spec = _earlier_spec(cluster, job)
@@ -147,7 +151,11 @@ def notes(spec: JobSpec, cluster: Cluster, job: JobFacts) -> list[str]:
     cpus, wanted = spec.cluster.slurm.cpus_per_task, cluster.slurm.cpus_per_task
     if cpus < wanted:
         said.append(f"the job has {cpus} CPUs a task, not slurm.cpus_per_task: {wanted}; sbatch --exclusive gives all")
-    bad = {entry.node for entry in excluded.read(spec.cluster.excluded_nodes)}
+    bad: set[str] = set()
+    try:
+        bad = {entry.node for entry in excluded.read(spec.cluster.excluded_nodes)}
+    except MoeRecipesError as error:
+        said.append(str(error))  # somebody's edit of a file of the whole site: no job, and no requeue, may die of it
     if met := sorted(bad & set(job.nodes)):
         said.append(
             f"{', '.join(met)} of this job {'is' if len(met) == 1 else 'are'} in {spec.cluster.excluded_nodes}; next"

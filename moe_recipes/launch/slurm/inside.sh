@@ -14,6 +14,12 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
     "run \`make host PYTHON=python3.11\` in $root, or set MOE_PYTHON" >&2
   exit 78
 fi
+look='import importlib.util as u, sys; sys.exit(any(u.find_spec(name) is None for name in ("submitit", "yaml")))'
+if ! "$python" -c "$look"; then
+  echo "moe-recipes: error: $python on $(hostname) has no submitit or no PyYAML: run \`make host\` in $root, or set" \
+    "MOE_PYTHON to a Python that has both" >&2
+  exit 78
+fi
 # Slurm may have loaded a login environment, and sbatch --export=ALL a whole shell: keys in them end here.
 kept=()
 for name in PATH LD_LIBRARY_PATH HOME USER LOGNAME LANG TMPDIR "${!SLURM@}" "${!MOE_@}"; do

@@ -6,20 +6,22 @@ Both end in the same submitit job, ``run_job(spec)``, on the batch host: requeue
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from moe_recipes.config.checks import check_recipe
 from moe_recipes.config.cluster import Cluster
-from moe_recipes.config.errors import EXIT_OK, CannotWriteError, RecipeError
+from moe_recipes.config.errors import EXIT_OK, CannotWriteError, MoeRecipesError, RecipeError
 from moe_recipes.config.recipe import Recipe
 from moe_recipes.config.resolve import load_recipe, recipe_to_dict
 from moe_recipes.config.run_folder import RunFolder, check_run
+from moe_recipes.launch.arguments import CODE_DIR
 from moe_recipes.launch.shakedown import Mode, shakedown_recipe
 from moe_recipes.launch.slurm.spec import WORKS, JobSpec, Work, read_spec, write_spec
+from moe_recipes.launch.words import ERROR_PREFIX
 
-CODE_DIR = Path(__file__).resolve().parents[3]
 EXPORTED = (
     "PATH",
     "LD_LIBRARY_PATH",
@@ -190,9 +192,13 @@ def run_job(given: str) -> int:
     path = Path(given)
     if path.name != "spec.json":
         own = path.parent / os.environ["SLURM_JOB_ID"] / "spec.json"
-        if not own.exists():
-            own.parent.mkdir(mode=0o700, exist_ok=True)
-            write_spec(own, read_spec(path))
+        try:
+            if not own.exists():
+                own.parent.mkdir(mode=0o700, exist_ok=True)
+                write_spec(own, read_spec(path))
+        except MoeRecipesError as error:
+            print(f"{ERROR_PREFIX}{error}", file=sys.stderr)
+            raise SystemExit(error.exit_code) from error
         path.unlink(missing_ok=True)
         path = own
     code: int = supervise(str(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from pathlib import Path
 
 from moe_recipes.config.errors import CannotWriteError
@@ -17,7 +18,8 @@ def note_job(runs: str | Path, job: str, run_dir: str | Path) -> None:
         CannotWriteError: the index cannot be written.
     """
     index = Path(runs) / INDEX
-    entry, temporary = index / job, index / f".{job}"
+    # `launch` and the job that it submitted may write at the same moment.
+    entry, temporary = index / job, index / f".{job}-{uuid.uuid4().hex}"
     try:
         index.mkdir(parents=True, exist_ok=True)
         temporary.write_text(f"{Path(run_dir).absolute()}\n")

@@ -7,10 +7,11 @@ from typing import Any
 from moe_recipes.config.errors import MissingInputError, MoeRecipesError
 from moe_recipes.config.run_folder import RunFolder
 from moe_recipes.launch.slurm.causes import Cause, find_cause
-from moe_recipes.launch.slurm.commands import JobRecord, job_facts, nodes_of_partition, sacct_records
+from moe_recipes.launch.slurm.commands import OVER, JobRecord, job_facts, nodes_of_partition, sacct_records
 from moe_recipes.launch.slurm.ledger import Ledger, durable_step
 
-STILL_THERE = ("RUNNING", "PENDING", "COMPLETING", "SUSPENDED", "CONFIGURING")
+ACCOUNTING_S = 60.0
+"""How long a start waits for the accounting: it only tells the cause better."""
 
 
 def file_unfinished(
@@ -32,7 +33,7 @@ def file_unfinished(
         job, restart, attempt = str(start["job"]), int(start["restart"]), start.get("attempt")
         if job != own_job and _is_alive(job, restart, patience_s):
             continue
-        record = record_of(sacct_records(job, patience_s=patience_s), restart)
+        record = record_of(sacct_records(job, patience_s=min(patience_s, ACCOUNTING_S)), restart)
         cause = _cause(folder, start, record, patience_s)
         end = ledger.append(
             "end",
@@ -66,7 +67,7 @@ def cause_fields(cause: Cause) -> dict[str, Any]:
 def record_of(records: list[JobRecord], restart: int) -> JobRecord | None:
     """The accounting of one start of a job; None where it has none, or where that start is not over."""
     record = records[restart] if restart < len(records) else None
-    return None if record is None or record.state in STILL_THERE else record
+    return record if record is not None and record.state in (*OVER, "REQUEUED") else None
 
 
 def _is_alive(job: str, restart: int, patience_s: float) -> bool:
@@ -74,7 +75,7 @@ def _is_alive(job: str, restart: int, patience_s: float) -> bool:
         facts = job_facts(job, patience_s=patience_s)
     except MissingInputError:
         return False
-    return facts.state in STILL_THERE and facts.restart_count == restart
+    return facts.state not in OVER and facts.restart_count == restart
 
 
 def _cause(folder: RunFolder, start: dict[str, Any], record: JobRecord | None, patience_s: float) -> Cause:

@@ -13,14 +13,13 @@ note     anything else that an operator wants to know
 from __future__ import annotations
 
 import json
-import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from moe_recipes.config.errors import CannotWriteError
-from moe_recipes.config.run_folder import RunFolder, now
+from moe_recipes.config.run_folder import RunFolder, append_line, now
 
 Event = Literal["start", "end", "requeue", "hold", "signal", "note"]
 Record = dict[str, Any]
@@ -56,17 +55,11 @@ class Ledger:
         }
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab+") as file:
-                # A power loss can leave half a line; the new record must not be glued to it.
-                size = file.seek(0, os.SEEK_END)
-                torn = size > 0 and (file.seek(size - 1), file.read(1))[1] != b"\n"
-                file.write((b"\n" if torn else b"") + json.dumps(record).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
         except OSError as error:
             raise CannotWriteError(
                 f"{self.path}: cannot be written: {error.strerror or error}; free space there"
             ) from error
+        append_line(self.path, record, durable=True)
         return record
 
     def records(self) -> list[Record]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -34,10 +35,7 @@ def run_lock(folder: RunFolder, job: str, restart: int, *, is_alive: Callable[[s
         with one_writer(path):
             other = _read(path)
             if other is not None and other["job"] != job and is_alive(str(other["job"])):
-                raise CannotWriteError(
-                    f"{folder.path}: job {other['job']} works in this run folder since {other['time']};"
-                    f" wait for it, cancel it (scancel {other['job']}), or set another run_dir"
-                )
+                raise _taken(folder, other)
             path.unlink(missing_ok=True)
             os.link(temporary, path)  # whole at once, and an error where another host was quicker
     except OSError as error:
@@ -45,13 +43,52 @@ def run_lock(folder: RunFolder, job: str, restart: int, *, is_alive: Callable[[s
             f"{path}: cannot be written: {error.strerror}; free space, or set another run_dir"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
     try:
         yield
     finally:
         if _read(path) == mine:
             with suppress(OSError):
                 path.unlink()
+
+
+@contextmanager
+def local_lock(folder: RunFolder, *, is_alive: Callable[[str], bool]) -> Iterator[None]:
+    """Hold the run folder for this process, which is no job of Slurm. The lock ends with the process.
+
+    Args:
+        is_alive: whether Slurm still has a job; asked only where a job's lock is there.
+    Raises:
+        CannotWriteError: a job or another such process has the folder, or it cannot be written.
+    """
+    other = _read(folder.slurm / "lock.json")
+    if other is not None and is_alive(str(other["job"])):
+        raise _taken(folder, other)
+    path = folder.path / ".local.lock"
+    try:
+        file = path.open("ab")
+    except OSError as error:
+        raise CannotWriteError(
+            f"{path}: cannot be written: {error.strerror}; free space, or set another run_dir"
+        ) from error
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # anything else: a file system without locks
+                raise CannotWriteError(
+                    f"{folder.path}: another `moe-recipes train` or `export` works in this run folder; wait for it, or"
+                    " set another run_dir"
+                ) from error
+        yield
+
+
+def _taken(folder: RunFolder, lock: dict[str, Any]) -> CannotWriteError:
+    return CannotWriteError(
+        f"{folder.path}: job {lock['job']} works in this run folder since {lock['time']};"
+        f" wait for it, cancel it (scancel {lock['job']}), or set another run_dir"
+    )
 
 
 @contextmanager

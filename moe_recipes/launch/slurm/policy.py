@@ -68,16 +68,17 @@ def restarts_without_progress(records: Sequence[dict[str, Any]]) -> int:
     if not records:
         return 0
     job = records[-1].get("job")
-    attempts: list[dict[str, Any]] = []
+    attempts: dict[Any, dict[str, Any]] = {}
     for record in records:
         if record.get("job") != job:
             continue
         if record["event"] == "hold":
-            attempts = []
+            attempts = {}
         elif record["event"] == "end":
-            attempts.append(record)
+            # By start: where a node lost the network, its supervisor and the next start both wrote how it ended.
+            attempts[record.get("restart"), record.get("attempt")] = record
     vain = 0
-    for record in reversed(attempts[1:]):
+    for record in reversed([*attempts.values()][1:]):
         if _step(record, "durable_step") > _step(record, "first_step"):
             return vain
         vain += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from moe_recipes.launch.slurm.endings import started_ranks
@@ -19,14 +20,19 @@ WAITS_FOR_PEERS = re.compile(r"torch/distributed/|/gloo/|/nccl/")
 
 def log_sizes(attempt: Path) -> dict[int, int]:
     """Bytes of each rank's log: what is written after a signal starts there."""
-    return {rank: rank_log(attempt, rank).stat().st_size for rank in started_ranks(attempt)}
+    found: dict[int, int] = {}
+    for rank in started_ranks(attempt):
+        with suppress(OSError):  # a file system that hangs is a cause of hangs
+            found[rank] = rank_log(attempt, rank).stat().st_size
+    return found
 
 
 def new_stacks(attempt: Path, before: Mapping[int, int]) -> dict[int, Stack | None]:
     """The stack that each rank printed since ``before``; None for a rank that printed none."""
     found: dict[int, Stack | None] = {}
     for rank in started_ranks(attempt):
-        with rank_log(attempt, rank).open("rb") as file:
+        found[rank] = None
+        with suppress(OSError), rank_log(attempt, rank).open("rb") as file:
             file.seek(before.get(rank, 0))
             found[rank] = _main_stack(file.read().decode(errors="replace"))
     return found

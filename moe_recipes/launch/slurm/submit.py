@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -19,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from moe_recipes.config.cluster import load_cluster, parse_time
-from moe_recipes.config.errors import EXIT_OK, EXIT_RECIPE, EnvironmentMismatchError, RecipeError
-from moe_recipes.launch.arguments import add_json, add_overrides, add_recipe
+from moe_recipes.config.errors import EXIT_OK, EXIT_RECIPE, EnvironmentMismatchError, InfrastructureError, RecipeError
+from moe_recipes.launch.arguments import add_cluster, add_json, add_overrides, add_recipe
 from moe_recipes.launch.secrets import mask, read_secrets
 from moe_recipes.launch.shakedown import shakedown_mode
 from moe_recipes.launch.slurm import excluded
 from moe_recipes.launch.slurm.commands import (
+    AWAY,
     KEPT_VARIABLES,
     JobFacts,
     SlurmRefusedError,
@@ -34,7 +36,6 @@ from moe_recipes.launch.slurm.commands import (
 )
 from moe_recipes.launch.slurm.job import (
     BACKSTOP_S,
-    CODE_DIR,
     EXPORTED,
     SITE_NAMES,
     check_site,
@@ -47,17 +48,10 @@ from moe_recipes.launch.slurm.job_index import note_job
 from moe_recipes.launch.slurm.spec import WORKS, JobSpec, write_spec
 from moe_recipes.launch.slurm.srun import srun_command, task_environment
 
-DEFAULT_CLUSTER = "clusters/local.yaml"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
-    parser.add_argument(
-        "--cluster",
-        default=os.environ.get("MOE_CLUSTER") or str(CODE_DIR / DEFAULT_CLUSTER),
-        metavar="FILE",
-        help=f"the cluster file; $MOE_CLUSTER or {DEFAULT_CLUSTER} if not given",
-    )
+    add_cluster(parser)
     parser.add_argument("--nodes", type=int, metavar="N", help="nodes; as few as hold the recipe's ranks if not given")
     parser.add_argument("--time", metavar="D-HH:MM:SS", help="time limit; the cluster file's if not given")
     parser.add_argument("--dependency", metavar="TEXT", help="sbatch's --dependency, say afterok:1234")
@@ -75,7 +69,8 @@ def run(options: argparse.Namespace) -> int:
     secrets = read_secrets(spec.cluster.paths.secrets) if spec.cluster.paths.secrets is not None else {}
     parameters = sbatch_parameters(spec, dependency=options.dependency)
     if options.dry_run:
-        print(mask(dry_run_text(spec, parameters), secrets), end="")
+        text = mask(dry_run_text(spec, parameters), secrets)
+        print(json.dumps({"run": spec.run_dir, "dry_run": text}) if options.json else text.rstrip("\n"))
         return EXIT_OK
     if options.test_only:
         return _test_only(spec, parameters, as_json=options.json)
@@ -94,6 +89,8 @@ def _spec(options: argparse.Namespace) -> JobSpec:
     if options.time is not None:
         parse_time(options.time)
         cluster = replace(cluster, slurm=replace(cluster.slurm, time=options.time))
+    if options.dependency is not None and not re.fullmatch(r"[\w:,?+-]+", options.dependency):
+        raise RecipeError(f"--dependency={options.dependency!r}: write it as sbatch does, for example afterok:1234")
     if options.nodes is not None and options.nodes < 1:
         raise RecipeError(f"--nodes={options.nodes} must be at least 1")
     mode = shakedown_mode(os.environ)
@@ -157,6 +154,7 @@ def submit(spec: JobSpec, parameters: dict[str, Any]) -> str:
 
     Raises:
         EnvironmentMismatchError: no submitit, or no Slurm, on this host.
+        InfrastructureError: the scheduler does not answer.
         SlurmRefusedError: sbatch said no; the message is Slurm's.
     """
     if shutil.which("sbatch") is None:
@@ -167,7 +165,7 @@ def submit(spec: JobSpec, parameters: dict[str, Any]) -> str:
 
     path = folder / f".spec-{uuid.uuid4().hex}.json"
     write_spec(path, spec)
-    mask_before, present = os.umask(0o077), {*folder.iterdir()}
+    present = {*folder.iterdir()}
     try:
         # submitit repeats what sbatch said, which is in the error as well.
         with _submitting_environment(), redirect_stderr(io.StringIO()):
@@ -176,9 +174,14 @@ def submit(spec: JobSpec, parameters: dict[str, Any]) -> str:
         for left in ({*folder.iterdir()} - present) | {path}:  # submitit leaves the script of a refused submission
             if left.is_file():
                 left.unlink()
-        raise SlurmRefusedError(f"sbatch: {_refusal(error)}") from error
-    finally:
-        os.umask(mask_before)
+        said = _refusal(error)
+        if AWAY.search(said):
+            raise InfrastructureError(f"sbatch: the scheduler does not answer now: {said}; try again later") from error
+        raise SlurmRefusedError(f"sbatch: {said}") from error
+    # RUN/slurm is closed to others already. A umask around sbatch would go along into the job and all that it writes.
+    (folder / job).chmod(0o700)
+    for written in (folder / job).glob(f"{job}_subm*"):
+        written.chmod(0o600)
     note_job(spec.cluster.paths.runs, job, spec.run_dir)
     return job
 

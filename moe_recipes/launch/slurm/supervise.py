@@ -19,6 +19,7 @@ from moe_recipes.config.errors import (
     EXIT_NOT_FINITE,
     EXIT_OK,
     EXIT_REQUEUE,
+    CannotWriteError,
     MissingInputError,
     MoeRecipesError,
 )
@@ -26,10 +27,10 @@ from moe_recipes.config.run_folder import TERMINAL_STATES, RunFolder, State, wri
 from moe_recipes.launch.preflight.cause import preflight_cause
 from moe_recipes.launch.shakedown import start_afresh, write_verdict
 from moe_recipes.launch.slurm import commands
-from moe_recipes.launch.slurm.after import carry_out, exclude_later_jobs, slurm_state
+from moe_recipes.launch.slurm.after import carry_out, exclude_later_jobs, slurm_state, wait_for_endings
 from moe_recipes.launch.slurm.causes import KIND_OF_CODE, Cause, find_cause
 from moe_recipes.launch.slurm.job_index import note_job
-from moe_recipes.launch.slurm.late import STILL_THERE, cause_fields, file_unfinished
+from moe_recipes.launch.slurm.late import cause_fields, file_unfinished
 from moe_recipes.launch.slurm.ledger import Ledger, Record, durable_step
 from moe_recipes.launch.slurm.lock import run_lock
 from moe_recipes.launch.slurm.policy import Decision, decide
@@ -56,8 +57,10 @@ def supervise(spec_path: str) -> int:
     signals.listen()
     try:
         spec = read_spec(spec_path)
-        start = Start(spec, signals, os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT") or 0))
-        return start.run()
+        job_id = os.environ["SLURM_JOB_ID"]
+        # Not SLURM_RESTART_COUNT: a first start has none of its own, and sbatch hands on that of the submitting shell.
+        restart = commands.job_facts(job_id, patience_s=commands.PATIENCE_S).restart_count
+        return Start(spec, signals, job_id, restart).run()
     except MoeRecipesError as error:
         say(str(error), failed=True)
         return error.exit_code
@@ -68,7 +71,8 @@ def supervise(spec_path: str) -> int:
 
 def say(line: str, *, failed: bool = False) -> None:
     """One line for the operator, in the job's own output."""
-    print(f"{ERROR_PREFIX if failed else LINE_PREFIX}{line}", file=sys.stderr if failed else sys.stdout, flush=True)
+    with suppress(OSError):  # a full disk under the job's output must not end the job
+        print(f"{ERROR_PREFIX if failed else LINE_PREFIX}{line}", file=sys.stderr if failed else sys.stdout, flush=True)
 
 
 @dataclass
@@ -124,9 +128,12 @@ class Start:
             return carry_out(self, decision, facts)
 
     def _file_late_ends(self) -> list[tuple[Record, Decision]]:
-        """File what earlier supervisors could not, and decide what should have followed."""
-        found = []
-        for end, cause in file_unfinished(self.ledger, self.folder, self.job_id):
+        """File what earlier supervisors could not, and decide what should have followed. Only who holds the run's lock
+        knows that they are gone."""
+        found: list[tuple[Record, Decision]] = []
+        if self.spec.work in ASKS_ONCE:
+            return found
+        for end, cause in file_unfinished(self.ledger, self.folder, self.job_id, patience_s=commands.PATIENCE_S):
             say(f"start {end['restart'] + 1} of job {end['job']} left no verdict; filed now: {cause.message}")
             found.append((end, decide(cause, self.ledger.records(), self.spec.cluster.limits)))
         return found
@@ -198,7 +205,8 @@ class Start:
             may_hang=self.uses_status,
         )
         code = watch.run()
-        copy.join(timeout=5.0)
+        copy.join(timeout=0.0 if code is None else 5.0)
+        wait_for_endings(self.attempt, code, stop=lambda: self.signals.is_ending)
         state, facts = slurm_state(facts, self.restart, is_ending=self.signals.is_ending)
         cause = find_cause(
             self.folder, self.attempt, code, slurm_state=state, asked=watch.asked, uses_status=self.uses_status
@@ -217,7 +225,10 @@ class Start:
             )
 
     def _note_signal(self, what: str, reason: str) -> None:
-        self.write("signal", signal=what, reason=reason)
+        try:
+            self.write("signal", signal=what, reason=reason)
+        except CannotWriteError as error:
+            say(str(error), failed=True)  # the watch goes on: the ranks may still save
         say(f"{what} to the ranks: {reason}")
 
     def _decide(self, cause: Cause) -> Decision:
@@ -279,9 +290,9 @@ def _name_odd_rank(cause: Cause, odd: tuple[int, str], start: Start) -> Cause:
 
 
 def is_alive(job_id: str) -> bool:
-    """Whether Slurm still has that job, waiting or running."""
+    """Whether Slurm still has that job, waiting, running or stopped."""
     try:
         state = commands.job_facts(job_id, patience_s=commands.PATIENCE_S).state
     except MissingInputError:
         return False
-    return state in STILL_THERE
+    return state not in commands.OVER

@@ -20,10 +20,11 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-from moe_recipes.config.errors import EXIT_OK, EXIT_REQUEUE, InfrastructureError, MoeRecipesError
+from moe_recipes.config.errors import EXIT_CANNOT_WRITE, EXIT_OK, EXIT_REQUEUE, InfrastructureError, MoeRecipesError
 from moe_recipes.config.run_folder import now, write_json
 from moe_recipes.launch.local import die_with_parent, tee_output
 from moe_recipes.launch.secrets import read_secrets
+from moe_recipes.launch.slurm.endings import LATE_FILES_S
 from moe_recipes.launch.slurm.probe import write_probe
 from moe_recipes.launch.slurm.spec import JobSpec, read_spec
 from moe_recipes.launch.train import prepare_rank, rank_command
@@ -37,13 +38,23 @@ OTHERS_S = 60.0
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run this task; the exit code is the rank's, or 128 + the signal that killed it."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    attempt = Path(words[1])
+    _wait_to_see(Path(words[0]), attempt)
     try:
-        spec, attempt = read_spec(words[0]), Path(words[1])
+        spec = read_spec(words[0])
         rank, variables = rank_variables(os.environ, spec)
     except MoeRecipesError as error:
         print(f"{ERROR_PREFIX}{error}", file=sys.stderr)
         return error.exit_code
-    with rank_log(attempt, rank).open("ab", buffering=0) as log:
+    try:
+        log = rank_log(attempt, rank).open("ab", buffering=0)
+    except OSError as error:
+        print(
+            f"{ERROR_PREFIX}{attempt}: no log can be written on {socket.gethostname()}: {error.strerror}",
+            file=sys.stderr,
+        )
+        return EXIT_CANNOT_WRITE
+    with log:
         try:
             code, cause = _work(spec, attempt, rank, variables, log), None
         except MoeRecipesError as error:
@@ -53,6 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if code == EXIT_REQUEUE:
         _wait_for_others(attempt, spec.num_ranks)
     return code if code >= 0 else 128 - code
+
+
+def _wait_to_see(*paths: Path) -> None:
+    """Until this node sees what the batch host has just made; what is still not there then is said by who reads it."""
+    deadline = time.monotonic() + LATE_FILES_S
+    while not all(path.exists() for path in paths) and time.monotonic() < deadline:
+        time.sleep(0.5)
 
 
 def rank_variables(environ: Mapping[str, str], spec: JobSpec) -> tuple[int, dict[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -43,6 +44,9 @@ END_S = 90.0
 """How long srun has to end a step that hangs, before it is killed itself; longer than Slurm's KillWait."""
 
 
+DEFAULT_KILL_WAIT_S = 30.0
+
+
 @dataclass
 class Signals:
     """What the supervisor got, in order. Handlers only note it: the loop acts."""
@@ -50,7 +54,10 @@ class Signals:
     caught: list[signal.Signals] = field(default_factory=list)
 
     def listen(self) -> None:
-        """From now on SIGTERM, SIGINT and SIGUSR2 are noted, and end nothing."""
+        """From now on SIGTERM, SIGINT and SIGUSR2 are noted, and end nothing. SIGUSR1 and SIGHUP do nothing: ``scancel
+        --full --signal=USR1`` asks the ranks for their stacks, and this process gets it too."""
+        for ignored in (signal.SIGUSR1, signal.SIGHUP):
+            signal.signal(ignored, lambda *_: None)  # not SIG_IGN, which srun would inherit
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
             signal.signal(number, lambda caught, _: self.caught.append(signal.Signals(caught)))
 
@@ -81,11 +88,13 @@ class Watch:
     may_hang: bool
     asked: str | None = None
     odd: tuple[int, str] | None = None
+    _kill_s: float | None = None
 
-    def run(self) -> int:
-        """Wait for srun and act meanwhile; its exit code."""
+    def run(self) -> int | None:
+        """Wait for srun and act meanwhile; its exit code. None where Slurm is about to kill what is left of the job,
+        this process too: the verdict must be written before."""
         self._measure()
-        self._marks, self._moved = self._progress(), time.monotonic()
+        self._marks, self._still_s = self._progress(), 0.0
         self._looked = self._asked_slurm = time.monotonic()
         handled = 0
         while self._wait(TICK_S) is None:
@@ -93,14 +102,15 @@ class Watch:
                 handled += 1
                 self._stop_ranks(self._whose(number), f"the supervisor got {number.name}")
             now = time.monotonic()
-            if now - self._asked_slurm >= FACTS_S:
+            if now - self._asked_slurm >= (TICK_S if self.signals.is_ending else FACTS_S):
                 self._asked_slurm = now
                 self._ask_slurm()
+            if self.signals.is_ending and self._is_last_moment(now):
+                return None
             if now - self._measured >= MEASURE_S:
                 self._measure()
             self._mind_the_limit()
             if self.may_hang and now - self._looked >= PROGRESS_S:
-                self._looked = now
                 self._mind_progress(now)
         code = self.process.wait()
         return code if code >= 0 else 128 - code
@@ -116,8 +126,8 @@ class Watch:
         if self.asked is not None:
             return
         self.asked = asked
-        self.note("SIGUSR2", reason)
         self.process.send_signal(signal.SIGUSR2)
+        self.note("SIGUSR2", reason)
 
     def _whose(self, number: signal.Signals) -> str:
         """Slurm's own warning (``#SBATCH --signal``) comes near the time limit; any other signal is somebody's."""
@@ -130,18 +140,33 @@ class Watch:
         with suppress(MoeRecipesError):
             self.job = job_facts(self.job.job_id)
 
+    def _is_last_moment(self, now: float) -> bool:
+        """Half of Slurm's KillWait is over. A preemption's grace time comes before it: the job is RUNNING then."""
+        if self.job.state == "RUNNING":
+            return False
+        if self._kill_s is None:
+            self._kill_s = now + kill_wait_s() / 2
+        return now >= self._kill_s
+
     def _mind_the_limit(self) -> None:
         if self.job.end_time is None or self.asked is not None:
             return
         left_s = self.job.end_time - time.time()
-        if left_s > self._times.signal_lead_s:
+        if left_s > self._times.signal_lead_s or left_s > self._lead_s():
             return
         self._measure()  # the run may have become quicker than its first steps, or than the estimate
-        if left_s <= self._times.signal_lead_s:
+        lead_s = self._lead_s()
+        if left_s <= lead_s:
             whose = "preemption" if is_shortened(self.job) else "time limit"
             asked = "signal" if whose == "preemption" else "time_limit"
-            lead = f"{self._times.signal_lead_s:.0f} s are needed for a step and a save"
+            lead = f"{lead_s:.0f} s are needed for a step and a save"
             self._stop_ranks(asked, f"{left_s:.0f} s to the {whose}; {lead}")
+
+    def _lead_s(self) -> float:
+        """How long before the end the ranks are told. Ranks that still start have nothing to save, and end at once if
+        told, start after start: they are told when no more than a step and a save fits."""
+        starting = is_starting(last_event(self.folder))
+        return self._times.step_s + self._times.save_s if starting else self._times.signal_lead_s
 
     def _measure(self) -> None:
         self._measured = time.monotonic()
@@ -161,15 +186,18 @@ class Watch:
         return marks
 
     def _mind_progress(self, now: float) -> None:
+        # A look counts for little time: a suspended job stands still with this process, and hangs not.
+        since_s, self._looked = min(now - self._looked, 2 * PROGRESS_S), now
         marks = self._progress()
         if marks != self._marks:
-            self._marks, self._moved = marks, now
+            self._marks, self._still_s = marks, 0.0
             return
+        self._still_s += since_s
         event = last_event(self.folder)
         limit_s = hang_limit_s(self.limits, self._times, event)
-        if now - self._moved > limit_s:
+        if self._still_s > limit_s:
             after = f" after {event!r}" if event else ""
-            self._end_hang(f"no progress for {now - self._moved:.0f} s{after}; the limit is {limit_s:.0f} s")
+            self._end_hang(f"no progress for {self._still_s:.0f} s{after}; the limit is {limit_s:.0f} s")
 
     def _end_hang(self, reason: str) -> None:
         self.asked = "hang"
@@ -202,6 +230,16 @@ def is_shortened(job: JobFacts) -> bool:
     if job.end_time is None or job.start_time is None or job.time_limit_s is None:
         return False
     return job.end_time < job.start_time + job.time_limit_s - 90
+
+
+def kill_wait_s() -> float:
+    """Seconds between the SIGTERM and the SIGKILL with which Slurm ends a job; its default where it does not say."""
+    try:
+        text = slurm_command(["scontrol", "show", "config"], timeout_s=5.0)
+    except MoeRecipesError:
+        return DEFAULT_KILL_WAIT_S
+    match = re.search(r"^KillWait\s*=\s*(\d+)", text, re.MULTILINE)
+    return float(match[1]) if match else DEFAULT_KILL_WAIT_S
 
 
 def steps_of_job(job_id: str) -> list[str]:
