@@ -175,7 +175,7 @@ def difference(left: Path, right: Path) -> list[str]:
     """Names of what two trees do not share in kind, mode, target or bytes; times and owners aside."""
     trees = [{str(p.relative_to(top)): p for p in top.rglob("*")} for top in (left, right)]
     wrong = sorted(set(trees[0]) ^ set(trees[1]))
-    for name in set(trees[0]) & set(trees[1]):
+    for name in sorted(set(trees[0]) & set(trees[1])):
         one, other = trees[0][name], trees[1][name]
         if one.lstat().st_mode != other.lstat().st_mode:
             wrong.append(name)
