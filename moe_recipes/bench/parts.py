@@ -35,7 +35,7 @@ def part_of(name: str) -> str:
 
 
 def parts_ms(kernels: Iterable[Kernel]) -> dict[str, float]:
-    """Milliseconds by part; ``span`` from the first kernel's start to the last one's end; ``idle``, the span without any
+    """Milliseconds by part; ``span`` from the first kernel's start to the last one's end; ``idle``, the span without a
     kernel. Kernels on several streams overlap, so the parts may add up to more than the busy time."""
     ordered = sorted(kernels, key=lambda kernel: kernel.start)
     if not ordered:

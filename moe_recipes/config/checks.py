@@ -69,8 +69,10 @@ def _check_ranges(recipe: Recipe) -> None:
     for key, number in (("optim.lr", optim.lr), ("optim.eps", optim.eps)):
         if not 0 < number <= LARGEST_RATE:
             raise RecipeError(f"{key}={number} must be more than 0 and at most {LARGEST_RATE:g}")
-    if not 0 <= train.router_aux_loss_coef <= 1:
-        raise RecipeError(f"train.router_aux_loss_coef={train.router_aux_loss_coef} must lie between 0 and 1")
+    for name in ("router_aux_loss_coef", "router_z_loss_coef", "router_bias_update_rate", "mtp_loss_coef"):
+        number = getattr(train, name)
+        if number is not None and not 0 <= number <= 1:
+            raise RecipeError(f"train.{name}={number} must lie between 0 and 1")
     if not 0 <= optim.min_lr_ratio <= 1:
         raise RecipeError(f"optim.min_lr_ratio={optim.min_lr_ratio} must lie between 0 and 1")
     if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):

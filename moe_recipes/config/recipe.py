@@ -154,6 +154,19 @@ class Train:
     router_aux_loss_coef: float = 0.0
     """Weight of the load-balancing loss, as Transformers defines it, of each rank's own tokens. 0: no such loss."""
 
+    router_z_loss_coef: float = 0.0
+    """Weight of the router z-loss, the mean over tokens of `logsumexp(router logits)^2`, summed over the decoder
+    layers. 0: no such loss."""
+
+    router_bias_update_rate: float = 0.0
+    """Step of the routers' correction biases (DeepSeek-V3, Nemotron-H): after each optimizer step up by this for
+    experts with less than their layer's mean load over all ranks and microbatches, down for those with more. 0: frozen.
+    """
+
+    mtp_loss_coef: float | None = None
+    """Weight of the multi-token-prediction loss, mean over the depths, each over the number of label tokens. `null`:
+    0.1 where the checkpoint has such layers (DeepSeek-V3, Nemotron-H). 0: they are kept and exported as they were."""
+
     validate_every_steps: int = 0
     """0: never."""
 

@@ -31,6 +31,10 @@ class Batch:
 
     row_ids: tuple[int, ...]
 
+    real_tokens: Tensor | None = None
+    """bool ``[B, S]``: what is not padding; None where nothing is. Padding is computed and routed like any token, but
+    carries no loss and does not count in an expert's load."""
+
 
 class Rows(Protocol):
     """What ``Batches`` reads from."""
@@ -181,10 +185,13 @@ class Batches:
         row_ids = tuple(self._row_at(position) for position in range(first, first + self.micro_batch_size))
         rows = [self.rows.row(row_id) for row_id in row_ids]
         input_ids, position_ids, labels = (torch.from_numpy(np.stack([row[i] for row in rows])) for i in range(3))
+        tokens = torch.tensor([row[3] for row in rows])
+        real = torch.arange(input_ids.shape[1]) < tokens[:, None]  # padding is at a row's end
         return Batch(
             input_ids=input_ids,
             position_ids=position_ids,
             shift_labels=labels,
+            real_tokens=None if bool(real.all()) else real,
             num_label_tokens=int((labels != IGNORE).sum()),
             num_tokens=sum(row[3] for row in rows),
             row_ids=row_ids,

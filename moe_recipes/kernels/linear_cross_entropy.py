@@ -7,6 +7,7 @@ hand, so the backward pass only scales them; the price is one gradient-sized buf
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -77,47 +78,68 @@ def softmax_loss(logits_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]:
     return loss_C, logits_CV
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """``total += left @ right``, the sum in ``total``'s dtype; on a GPU inside the product, a pass over memory less."""
+def _add_product(total: Tensor, left: Tensor, right: Tensor, factor: float) -> None:
+    """``total += factor * left @ right``, the sum in ``total``'s dtype; on a GPU inside the product, a pass over memory
+    less."""
     if total.is_cuda and total.dtype != left.dtype:
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+        torch.addmm(total, left, right, alpha=factor, out_dtype=total.dtype, out=total)
     else:
-        total += left @ right
+        total.add_(left @ right, alpha=factor)
+
+
+def _chunks(parts: Sequence[tuple[int, float]], chunk: int) -> Iterator[tuple[int, float, slice]]:
+    """``(part, its factor, rows)``, each within one part."""
+    start = 0
+    for part, (rows, factor) in enumerate(parts):
+        for first in range(start, start + rows, chunk):
+            yield part, factor, slice(first, min(first + chunk, start + rows))
+        start += rows
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, bias_V: Tensor | None, chunk: int
-    ) -> Tensor:
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        labels_T: Tensor,
+        bias_V: Tensor | None,
+        chunk: int,
+        parts: Sequence[tuple[int, float]],
+    ) -> tuple[Tensor, Tensor]:
         need_hidden, need_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         need_bias = bias_V is not None and ctx.needs_input_grad[3]
         accumulate = torch.promote_types(hidden_TD.dtype, torch.float32)
-        loss = hidden_TD.new_zeros((), dtype=accumulate)
+        losses_P = hidden_TD.new_zeros(len(parts), dtype=accumulate)
         grad_hidden = torch.empty_like(hidden_TD) if need_hidden else None
         # Partial sums of the weight gradient over chunks: float32, or bfloat16 rounding would grow with their number.
         grad_weight = torch.zeros_like(weight_VD, dtype=accumulate) if need_weight else None
         grad_bias = torch.zeros_like(bias_V, dtype=accumulate) if need_bias else None  # type: ignore[arg-type]
-        for start in range(0, len(hidden_TD), chunk):
-            rows = slice(start, start + chunk)
+        for part, factor, rows in _chunks(parts, chunk):
             loss_C, grad_CV = softmax_loss(F.linear(hidden_TD[rows], weight_VD, bias_V), labels_T[rows])
-            loss += loss_C.sum()
+            losses_P[part] += loss_C.sum()
             if grad_bias is not None:
-                grad_bias += grad_CV.sum(dim=0, dtype=accumulate)
+                grad_bias.add_(grad_CV.sum(dim=0, dtype=accumulate), alpha=factor)
             if grad_hidden is not None:
                 torch.mm(grad_CV, weight_VD, out=grad_hidden[rows])
+                if factor != 1:
+                    grad_hidden[rows] *= factor
             if grad_weight is not None:
-                _add_product(grad_weight, grad_CV.T, hidden_TD[rows])
+                _add_product(grad_weight, grad_CV.T, hidden_TD[rows], factor)
             del grad_CV
         ctx.save_for_backward(
             grad_hidden,
             grad_weight.to(weight_VD.dtype) if grad_weight is not None else None,
             grad_bias.to(bias_V.dtype) if grad_bias is not None and bias_V is not None else None,
         )
-        return loss
+        ctx.mark_non_differentiable(losses_P)
+        total = losses_P[0].clone()
+        for loss, (_, factor) in zip(losses_P[1:], parts[1:], strict=True):
+            total = total + factor * loss
+        return total, losses_P
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
 
         def scaled(grad: Tensor | None) -> Tensor | None:
@@ -129,7 +151,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 target.copy_(part.to(grad_loss.dtype) * grad_loss)
             return out
 
-        return scaled(grad_hidden), scaled(grad_weight), None, scaled(grad_bias), None
+        return scaled(grad_hidden), scaled(grad_weight), None, scaled(grad_bias), None, None
 
 
 def linear_cross_entropy(
@@ -143,9 +165,31 @@ def linear_cross_entropy(
         labels_T: int64 in [0, V), or -100 for tokens without loss.
         chunk_tokens: tokens whose logits exist at once, ``chunk_tokens * V`` values of the hidden states' dtype.
     """
+    return linear_cross_entropies(
+        hidden_TD, weight_VD, labels_T, bias_V=bias_V, chunk_tokens=chunk_tokens, parts=((len(hidden_TD), 1.0),)
+    )[0]
+
+
+def linear_cross_entropies(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    labels_T: Tensor,
+    *,
+    parts: Sequence[tuple[int, float]],
+    bias_V: Tensor | None = None,
+    chunk_tokens: int = 2048,
+) -> tuple[Tensor, Tensor]:
+    """Several losses through one output projection, with one buffer for its gradient.
+
+    Args:
+        parts: ``(rows, factor)`` of each loss, in the order of the rows; the first factor is 1.
+        others: as ``linear_cross_entropy``.
+    Returns:
+        The sum of factor times loss, which has the gradients, and each loss by itself without one ``[P]``; float32.
+    """
     if not torch.is_grad_enabled():
         # Autograd functions are told of a weight that wants a gradient even where none is recorded: without this a
         # validation would form all gradients and hold a buffer for them.
         hidden_TD, weight_VD = hidden_TD.detach(), weight_VD.detach()
         bias_V = None if bias_V is None else bias_V.detach()
-    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, bias_V, chunk_tokens)
+    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, bias_V, chunk_tokens, tuple(parts))

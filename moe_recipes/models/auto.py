@@ -18,9 +18,12 @@ from transformers.distributed import DistributedConfig
 from moe_recipes.config.errors import RecipeError
 from moe_recipes.models.blocks import moe_blocks
 from moe_recipes.models.disk_keys import accept_disk_keys
+from moe_recipes.models.documents import pass_documents
+from moe_recipes.models.float32_kept import float32_kept
 from moe_recipes.models.fused_attention import fuse_attention
 from moe_recipes.models.fused_norms import fuse_norms
 from moe_recipes.models.fused_residual import fuse_residual
+from moe_recipes.models.mamba import lean_mamba
 from moe_recipes.models.sharded_init import initialize_shards
 from moe_recipes.models.time_step import honour_time_step_limit
 from moe_recipes.models.whole_experts import average_gradients, whole_experts_stay_whole
@@ -94,8 +97,7 @@ def _finish(
     else:
         found = [Optimization("fused experts", True, f"{len(blocks)} layers, grouped matrix products")]
     found += [fuse_norms(model), fuse_attention(model), fuse_residual(model)]
-    if (limits := honour_time_step_limit(model)) is not None:
-        found.append(limits)
+    found += filter(None, (honour_time_step_limit(model), lean_mamba(model), pass_documents(model)))
     found.append(_dispatch(layout, has_experts=bool(blocks)))
     if whole := average_gradients(model):
         found.append(Optimization("whole experts outside FSDP2", True, f"{whole} layers, one owner an expert"))
@@ -150,7 +152,7 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         if layout is not None:
             kwargs["distributed_config"] = layout
         experts = _requested_experts(kwargs.get("experts_implementation"), kwargs.get("config"))
-        with whole_experts_stay_whole():
+        with float32_kept(), whole_experts_stay_whole():
             loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model, *info = loaded if isinstance(loaded, tuple) else (loaded,)
         model = _finish(model, experts=experts, layout=layout)
@@ -176,9 +178,22 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         experts = _requested_experts(kwargs.get("experts_implementation"), config)
         config = copy.deepcopy(config)  # a plain model that is made of the caller's config must stay plain
         if layout is None:
-            return _finish(super().from_config(config, **kwargs), experts=experts, layout=None)
-        with whole_experts_stay_whole():
+            with float32_kept():
+                model = super().from_config(config, **kwargs)
+            _keep_fp32(model)
+            return _finish(model, experts=experts, layout=None)
+        with float32_kept(), whole_experts_stay_whole():
             model = draw_plain_model(config, layout, seed=_agreed_seed(seed), **kwargs)
+        return _finish(model, experts=experts, layout=layout)
+
+    @classmethod
+    def on_meta(cls, config: PreTrainedConfig, *, distributed_config: DistributedConfig, **kwargs: Any) -> Any:
+        """As ``from_config`` with a layout, but this rank's shards stay on the meta device: shapes without bytes."""
+        layout = _layout(distributed_config)
+        assert layout is not None
+        experts = _requested_experts(kwargs.get("experts_implementation"), config)
+        with float32_kept(), whole_experts_stay_whole():
+            model, _ = lay_out_on_meta(copy.deepcopy(config), layout, **kwargs)
         return _finish(model, experts=experts, layout=layout)
 
 
@@ -186,6 +201,15 @@ def draw_plain_model(
     config: PreTrainedConfig, layout: DistributedConfig, *, seed: int, **kwargs: Any
 ) -> PreTrainedModel:
     """Transformers' model of this config with random weights, distributed; nothing of this package in its forward."""
+    model, device = lay_out_on_meta(config, layout, **kwargs)
+    initialize_shards(model, seed=seed, device=device)
+    return model
+
+
+def lay_out_on_meta(
+    config: PreTrainedConfig, layout: DistributedConfig, **kwargs: Any
+) -> tuple[PreTrainedModel, torch.device]:
+    """The distributed model on the meta device, and the device where this rank's shards belong."""
     with torch.device("meta"), hf_init.meta_device_safe_creation_ops():
         model = transformers.AutoModelForCausalLM.from_config(config, **kwargs)
     _keep_fp32(model)
@@ -193,9 +217,7 @@ def draw_plain_model(
     layout, device, mesh = type(model).prepare_distribute_model(layout)
     if mesh is None:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
-    model = type(model).maybe_distribute_model(model, layout, mesh)
-    initialize_shards(model, seed=seed, device=torch.device(device))
-    return model
+    return type(model).maybe_distribute_model(model, layout, mesh), torch.device(device)
 
 
 def _agreed_seed(seed: int | None) -> int:

@@ -23,7 +23,7 @@ class MoeBlock:
     """Module path of the experts."""
 
     layer: int
-    """Decoder layer it belongs to; -1 outside the layers."""
+    """Decoder layer it belongs to; -1 outside the layers. Layers of multi-token prediction count on from the last."""
 
     experts: nn.Module
     router: nn.Module | None
@@ -48,7 +48,7 @@ def moe_blocks(model: nn.Module) -> list[MoeBlock]:
         if is_experts(module):
             number = re.search(r"\.(\d+)\.", f".{name}.")
             block = model.get_submodule(name.rpartition(".")[0])
-            layer = int(number.group(1)) if number else -1
+            layer = getattr(module, "moe_recipes_layer", int(number.group(1)) if number else -1)
             found.append(MoeBlock(name=name, layer=layer, experts=module, router=_router_of(block)))
     return found
 

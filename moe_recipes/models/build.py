@@ -21,6 +21,8 @@ from moe_recipes.config.model_config import find_model_config, read_model_config
 from moe_recipes.config.recipe import Recipe
 from moe_recipes.models.auto import AutoModelForCausalLM
 from moe_recipes.models.export_convert import gather_objects
+from moe_recipes.models.export_folder import source_keys
+from moe_recipes.models.mtp import mtp_attached, mtp_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,9 +118,11 @@ def layout(recipe: Recipe) -> DistributedConfig:
     )
 
 
-def build_model(recipe: Recipe, source: Source, *, scratch: Path) -> PreTrainedModel:
+def build_model(recipe: Recipe, source: Source, *, scratch: Path, meta: bool = False) -> PreTrainedModel:
     """Load or draw the model, distributed over the ranks. Every rank must call it.
 
+    Args:
+        meta: only lay it out: the shards stay on the meta device, and no weight is read or drawn.
     Raises:
         RecipeError: expert parallelism on a family without a plan for it, or a name that Transformers does not know.
         CorruptCheckpointError: a pretrained folder lacks weights of the model, or holds them in other shapes.
@@ -136,12 +140,16 @@ def build_model(recipe: Recipe, source: Source, *, scratch: Path) -> PreTrainedM
     }
     if recipe.kernels.experts != "moe_recipes":
         options["experts_implementation"] = recipe.kernels.experts
+    names = source_keys(source.folder) if recipe.model.weights == "pretrained" else None
     try:
-        if recipe.model.weights == "random":
-            return AutoModelForCausalLM.from_config(config, seed=recipe.train.seed, **options)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        options["config"] = _dequantised(recipe, config)
-        model = _load_weights(source.folder, num_ranks=recipe.parallel.num_ranks, **options)
+        with mtp_attached(source.config, names):
+            if meta:
+                return AutoModelForCausalLM.on_meta(config, **options)
+            if recipe.model.weights == "random":
+                return AutoModelForCausalLM.from_config(config, seed=recipe.train.seed, **options)
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            options["config"] = _dequantised(recipe, config)
+            model = _load_weights(source.folder, num_ranks=recipe.parallel.num_ranks, **options)
     except (ValueError, ImportError) as error:
         raise _refused_choice(recipe, error) or error from None
     return model if recipe.parallel.num_ranks > 1 else model.to(device)
@@ -179,7 +187,7 @@ def _load_weights(folder: Path, *, num_ranks: int, **options: Any) -> PreTrained
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-        problem = _weights_problem(info)
+        problem = _weights_problem(info) or _copies_problem(folder, model)
     except RuntimeError as error:
         if "conversion of the weights" not in str(error):
             raise
@@ -190,6 +198,24 @@ def _load_weights(folder: Path, *, num_ranks: int, **options: Any) -> PreTrained
             f"{folder}: {problems[0]}; fetch the model again, or the config.json that belongs to its weights"
         )
     return model
+
+
+def _copies_problem(folder: Path, model: PreTrainedModel) -> str | None:
+    """What speaks against taking the tensors that multi-token prediction repeats from the model, which drops what the
+    files say. Reads a few rows at both ends of each."""
+    mtp = mtp_of(model)
+    for copied, own in (mtp.copies if mtp is not None else {}).items():
+        if any(not torch.equal(*pair) for pair in zip(_edges(folder, copied), _edges(folder, own), strict=True)):
+            return f"{copied} is not the same as {own}, which multi-token prediction shares"
+    return None
+
+
+def _edges(folder: Path, name: str, *, rows: int = 8) -> list[torch.Tensor]:
+    index = folder / "model.safetensors.index.json"
+    file = json.loads(index.read_bytes())["weight_map"][name] if index.is_file() else "model.safetensors"
+    with safe_open(folder / file, "pt") as opened:
+        part = opened.get_slice(name)
+        return [part[:rows], part[max(0, part.get_shape()[0] - rows) :]]
 
 
 def _weights_problem(info: Mapping[str, Any]) -> str | None:

@@ -27,6 +27,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from moe_recipes.config.errors import RecipeError
 from moe_recipes.models.export_convert import Converter, Templates, gather_objects
+from moe_recipes.models.mtp import mtp_of
 from moe_recipes.runtime.safetensors_file import FileLayout, plan_header
 from moe_recipes.runtime.sharding import Rows, local_rows
 
@@ -105,7 +106,9 @@ def saved_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         raise RecipeError(f"model: {other[0]} is state that is not a tensor; safetensors cannot hold it")
     # Tied names are found by the identity of the parameter, as local parts without rows all have address 0.
     kept = remove_tied_weights_from_state_dict(_meta(state), model)
-    return {name: state[name] for name in kept}
+    tensors = {name: state[name] for name in kept}
+    mtp = mtp_of(model)
+    return tensors | {name: tensors[source] for name, source in (mtp.copies if mtp is not None else {}).items()}
 
 
 def _meta(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -2,7 +2,8 @@
 
 The only sign of a border is a position id that starts again at 0. Transformers' attention turns that into a mask where
 the model hands its position ids to the mask functions; not every model does. Layers that carry a state along the row
-(Mamba, linear attention, short convolutions) do not look at position ids at all.
+(Mamba, linear attention, short convolutions) do not look at position ids at all. For Nemotron-H and GPT-OSS
+``models/documents.py`` and ``models/mamba.py`` put classes in place that do both, and say so by an attribute.
 """
 
 from __future__ import annotations
@@ -44,12 +45,19 @@ def borders_found_on_the_host(position_ids_BS: Tensor, device: torch.device) -> 
 
 def why_not_packed(model: PreTrainedModel) -> str | None:
     """None if documents that share a row never see each other, else the reason in a few words."""
-    name = type(model).__name__.removeprefix("FSDP")
+    name, base = type(model).__name__.removeprefix("FSDP"), model.base_model
+    hands_on = _keeps_apart(base)
+    looking = [module for module in model.modules() if hands_on and module is not base and _keeps_apart(module)]
+    safe = {part for module in looking for part in module.modules()}
     for module in model.modules():
+        if module in safe:
+            continue
         if isinstance(module, nn.Conv1d) or _STATE.search(type(module).__name__):
             kind = type(module).__name__.removeprefix("FSDP")
             return f"{name} carries state from one document of a row to the next ({kind})"
-    tree = forward_source(model.base_model)
+    if hands_on:
+        return None
+    tree = forward_source(base)
     if tree is None:
         return f"{name} has no source to read, so whether documents stay apart is not known"
     with_positions = {
@@ -63,6 +71,10 @@ def why_not_packed(model: PreTrainedModel) -> str | None:
     if calls and all(_has_positions(call, with_positions) for call in calls):
         return None
     return f"{name} makes its attention mask without position ids, so documents of a row would see each other"
+
+
+def _keeps_apart(module: nn.Module) -> bool:
+    return bool(getattr(type(module), "KEEPS_DOCUMENTS_APART", False))
 
 
 def _is_key(node: ast.expr | None) -> bool:

@@ -18,6 +18,8 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from transformers.distributed import fsdp as transformers_fsdp
 
+from moe_recipes.models.float32_kept import sum_kept_gradients
+
 _DIVISOR = "_moe_recipes_gradient_divisor"
 _HOOKS = "_moe_recipes_gradient_hooks"
 
@@ -76,6 +78,7 @@ def sum_gradients(model: nn.Module) -> None:
 
     Saves a pass over the gradients of whole experts, and FSDP2's division.
     """
+    sum_kept_gradients(model)
     for module in model.modules():
         for hook in module.__dict__.pop(_HOOKS, ()):
             hook.remove()

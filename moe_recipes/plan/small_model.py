@@ -86,8 +86,8 @@ def narrow_widths(config: Mapping[str, Any], *, ep_size: int) -> dict[str, Any]:
         value = inner.get(key)
         if isinstance(value, int) and value > most:
             changed[key] = most
-    if inner.get("num_key_value_heads") == inner.get("num_attention_heads") and "num_attention_heads" in changed:
-        changed["num_key_value_heads"] = changed["num_attention_heads"]
+    if inner.get("num_key_value_heads") == inner.get("num_attention_heads") and "num_key_value_heads" in changed:
+        changed["num_key_value_heads"] = changed.get("num_attention_heads", inner["num_attention_heads"])
     experts_key = next((key for key in EXPERT_COUNT_KEYS if inner.get(key)), None)
     if experts_key is not None:
         experts = min(inner[experts_key], ep_size * max(2, -(-4 // ep_size)))

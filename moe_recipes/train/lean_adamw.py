@@ -51,7 +51,8 @@ class LeanAdamW(torch.optim.Optimizer):
         if local.dtype not in (torch.bfloat16, torch.float32):
             raise ValueError(f"lean_adamw: {name} is {local.dtype}; weights must be bfloat16 or float32")
         state: dict[str, Tensor] = {}
-        row_elements = parameter[0].numel() if parameter.ndim > 1 and len(parameter) else 0
+        # By counts alone: one row of a DTensor would be gathered from all ranks, with the whole tensor around it.
+        row_elements = parameter.numel() // len(parameter) if parameter.ndim > 1 and len(parameter) else 0
         if local.dtype == torch.bfloat16:
             state["remainder"] = torch.zeros_like(local, dtype=torch.int16)
         if local.dtype == torch.bfloat16 and row_elements and row_elements % BLOCK == 0:

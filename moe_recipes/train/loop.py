@@ -14,8 +14,10 @@ from torch import Tensor
 
 from moe_recipes.config.errors import NotFiniteError, StoppedError
 from moe_recipes.data.loader import Batch
+from moe_recipes.models.loss import Losses
 from moe_recipes.models.packing import borders_found_on_the_host
-from moe_recipes.moe.expert_load import max_violation
+from moe_recipes.moe.balance import update_correction_biases
+from moe_recipes.moe.expert_load import count_only, dead_experts, max_violations
 from moe_recipes.plan.flops import FORMULA, peak_flops, train_flops_per_token
 from moe_recipes.runtime.sharding import reshard
 from moe_recipes.runtime.stop import StopFlag, switch_is_on
@@ -40,6 +42,15 @@ class StepStats:
     aux_loss: float
     """Mean load-balancing loss of ranks and microbatches, before its coefficient; 0 without one."""
 
+    z_loss: float
+    """Likewise, the router z-loss."""
+
+    mtp_loss: float
+    """Multi-token-prediction loss before its coefficient: mean over the depths, over the step's label tokens."""
+
+    expert_counts: Tensor | None
+    """Tokens of each expert over all ranks and microbatches, int64 on the CPU ``[layers, E]``; None without experts."""
+
     grad_norm: float
     lr: float
     num_label_tokens: int
@@ -51,17 +62,22 @@ def load_step(run: Run, step: int) -> list[Batch]:
     batches = run.batches.step(step)
     if run.world.device.type != "cuda":
         return batches
-    tensors = ("input_ids", "position_ids", "shift_labels")
-    return [replace(batch, **{name: getattr(batch, name).pin_memory() for name in tensors}) for batch in batches]
+    names = ("input_ids", "position_ids", "shift_labels", "real_tokens")
+    tensors = [{name: tensor for name in names if (tensor := getattr(batch, name)) is not None} for batch in batches]
+    return [
+        replace(batch, **{name: tensor.pin_memory() for name, tensor in found.items()})
+        for batch, found in zip(batches, tensors, strict=True)
+    ]
 
 
-def batch_loss(run: Run, batch: Batch) -> tuple[Tensor, Tensor | None]:
-    """Summed loss of one microbatch on this rank, and its load-balancing loss if there is one: float32 scalars."""
+def batch_loss(run: Run, batch: Batch) -> Losses:
+    """The losses of one microbatch on this rank."""
     device = run.world.device
     # Without packing the positions are 0, 1, 2 ...: left out, attention takes its plain causal kernel.
     packed = run.recipe.data.format != "random_tokens"
     extra = {"position_ids": batch.position_ids.to(device, non_blocking=True)} if packed else {}
-    with borders_found_on_the_host(batch.position_ids, device):
+    real = None if batch.real_tokens is None else batch.real_tokens.to(device, non_blocking=True)
+    with borders_found_on_the_host(batch.position_ids, device), count_only(real):
         return run.model(
             input_ids=batch.input_ids.to(device, non_blocking=True),
             shift_labels=batch.shift_labels.to(device, non_blocking=True),
@@ -69,19 +85,27 @@ def batch_loss(run: Run, batch: Batch) -> tuple[Tensor, Tensor | None]:
         )
 
 
-def forward_backward(run: Run, batches: list[Batch], *, num_label_tokens: float) -> tuple[Tensor, Tensor]:
-    """Gradients of all microbatches; returns this rank's shares of the mean loss and of the load-balancing loss."""
-    loss, aux = torch.zeros(2, device=run.world.device).unbind()
+def forward_backward(run: Run, batches: list[Batch], *, num_label_tokens: float) -> Tensor:
+    """Gradients of all microbatches; returns this rank's shares of the mean losses ``[4]``: of the label tokens, the
+    load-balancing loss, the router z-loss, the multi-token-prediction loss."""
+    recipe, labels = run.recipe.train, max(1.0, num_label_tokens)
+    batches_of_step = len(batches) * run.dp_size
+    shares = torch.zeros(4, device=run.world.device)
     for batch in batches:
-        loss_sum, aux_loss = batch_loss(run, batch)
-        target = loss_sum / max(1.0, num_label_tokens)  # a share: gradients are summed over ranks and microbatches
-        loss += target.detach()
-        if aux_loss is not None:
-            aux_share = aux_loss / (len(batches) * run.dp_size)
-            target = target + run.recipe.train.router_aux_loss_coef * aux_share
-            aux += aux_share.detach()
+        losses = batch_loss(run, batch)
+        target = losses.total / labels  # a share: gradients are summed over ranks and microbatches
+        shares[0] += losses.label.detach() / labels
+        for index, loss, coef in (
+            (1, losses.aux, recipe.router_aux_loss_coef),
+            (2, losses.z, recipe.router_z_loss_coef),
+        ):
+            if loss is not None:
+                target = target + coef * (loss / batches_of_step)
+                shares[index] += loss.detach() / batches_of_step
+        if losses.mtp is not None:
+            shares[3] += losses.mtp / labels
         target.backward()
-    return loss, aux
+    return shares
 
 
 def train_step(run: Run, batches: list[Batch]) -> StepStats:
@@ -93,8 +117,8 @@ def train_step(run: Run, batches: list[Batch]) -> StepStats:
     labels, tokens = sum_over_ranks(sum(b.num_label_tokens for b in batches), sum(b.num_tokens for b in batches))
     shares = forward_backward(run, batches, num_label_tokens=labels)
     # The step's one wait for the device outside the layers: a step that is not finite must change no weight.
-    *shares_here, grad_norm = torch.stack([*shares, run.clip.norm()]).tolist()
-    loss_sum, aux_loss = sum_over_ranks(*shares_here)
+    *shares_here, grad_norm = torch.cat([shares, run.clip.norm()[None]]).tolist()
+    loss_sum, aux_loss, z_loss, mtp_loss = sum_over_ranks(*shares_here)
     if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
         rows = [row for batch in batches for row in batch.row_ids]
         logger.error("rank %d read the packed rows %s in step %d", run.world.rank, rows, run.step + 1)
@@ -102,16 +126,24 @@ def train_step(run: Run, batches: list[Batch]) -> StepStats:
             f"step {run.step + 1}: loss {loss_sum}, gradient norm {grad_norm}; weights were left as they were;"
             f" lower optim.lr, or look at the rows that the log names"
         )
+    # Here, where the device has nothing left to do, so that the copy to the host waits for nothing.
+    counts = run.load.collect() if run.load is not None else None
     run.clip.scale(grad_norm, run.optimizer)
     lr = learning_rate(run.recipe.optim, step=run.step, steps=run.recipe.train.steps)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
+    if run.load is not None and counts is not None:
+        rate = run.recipe.train.router_bias_update_rate
+        update_correction_biases(run.moving_biases, run.load.layers, counts, rate=rate)
     run.step += 1
     return StepStats(
         loss=loss_sum,
         aux_loss=aux_loss,
+        z_loss=z_loss,
+        mtp_loss=mtp_loss,
+        expert_counts=counts,
         grad_norm=grad_norm,
         lr=lr,
         num_label_tokens=int(labels),
@@ -126,12 +158,35 @@ def validate(run: Run) -> float:
     run.model.eval()
     loss, labels = 0.0, 0
     for batch in run.validation.step(0):
-        loss += float(batch_loss(run, batch)[0])
+        loss += float(batch_loss(run, batch).label)
         labels += batch.num_label_tokens
     run.model.train()
     reshard(run.model)
     loss_sum, label_sum = sum_over_ranks(loss, labels)
     return loss_sum / max(1.0, label_sum)
+
+
+def balance_record(run: Run, stats: StepStats) -> dict[str, Any]:
+    """What metrics.jsonl says of a step's extra losses and of its experts' load; layers by number."""
+    train = run.recipe.train
+    wanted = {
+        "aux_loss": train.router_aux_loss_coef > 0,
+        "z_loss": train.router_z_loss_coef > 0,
+        "mtp_loss": run.mtp_coef > 0,
+    }
+    record: dict[str, Any] = {name: getattr(stats, name) for name, there in wanted.items() if there}
+    if run.load is None or stats.expert_counts is None:
+        return record
+    counts, layers = stats.expert_counts, run.load.layers
+    violations, dead = max_violations(counts), dead_experts(counts)
+    record["max_violation"] = float(violations.max())
+    record["dead_experts"] = int(dead.sum())
+    record["max_violation_of_layer"] = {n: round(v, 4) for n, v in zip(layers, violations.tolist(), strict=True)}
+    record["dead_experts_of_layer"] = dict(zip(layers, dead.tolist(), strict=True))
+    every = run.recipe.log.expert_load_every_steps
+    if every and (run.step % every == 0 or run.step == 1):
+        record["expert_load"] = dict(zip(layers, counts.tolist(), strict=True))
+    return record
 
 
 class Reporter:
@@ -183,16 +238,7 @@ class Reporter:
             "dropped_tokens": 0,
             "gpu": run.world.device.type == "cuda",
         }
-        if recipe.train.router_aux_loss_coef:
-            record["aux_loss"] = stats.aux_loss
-        if run.load is not None:
-            counts = run.load.collect()
-            record["max_violation"] = max_violation(counts)
-            every = recipe.log.expert_load_every_steps
-            if every and (run.step % every == 0 or run.step == 1):
-                record["expert_load"] = {
-                    layer: row.tolist() for layer, row in zip(run.load.layers, counts, strict=True)
-                }
+        record |= balance_record(run, stats)
         if run.validation is not None and run.step % recipe.train.validate_every_steps == 0:
             start = time.perf_counter()
             record["validation_loss"] = validate(run)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_recipes.checkpoint.entry import Entry
@@ -23,11 +24,13 @@ from moe_recipes.config.run_folder import RunFolder
 from moe_recipes.data.loader import Batches
 from moe_recipes.data.prepare import open_data
 from moe_recipes.models.auto import enable_activation_checkpointing
-from moe_recipes.models.blocks import moe_blocks
+from moe_recipes.models.blocks import MoeBlock, moe_blocks
 from moe_recipes.models.build import Source, build_model, load_tokenizer, read_source, tokenizer_hash
-from moe_recipes.models.loss import install_loss
+from moe_recipes.models.loss import Wanted, install_loss
+from moe_recipes.models.mtp import choose_mtp, mtp_weight
 from moe_recipes.models.packing import why_not_packed
 from moe_recipes.models.whole_experts import sum_gradients
+from moe_recipes.moe.balance import CORRECTION_BIAS
 from moe_recipes.moe.expert_load import ExpertLoad
 from moe_recipes.runtime.optimizations import Optimization, describe
 from moe_recipes.runtime.sharding import local_rows, local_tensor
@@ -62,9 +65,17 @@ class Run(Trained):
     batches: Batches
     validation: Batches | None
     load: ExpertLoad | None
+    moving_biases: dict[int, nn.Module]
+    """Routers, by layer, whose correction bias moves after each step."""
+
     optimizations: list[Optimization]
     identity: dict[str, Any]
     last_durable_step: int = 0
+
+    @property
+    def mtp_coef(self) -> float:
+        """Weight of the multi-token-prediction loss; 0 where the model has no such layers, or keeps them."""
+        return mtp_weight(self.model, self.recipe.train.mtp_loss_coef)
 
     @property
     def dp_size(self) -> int:
@@ -127,8 +138,13 @@ def seed_everything(seed: int, *, deterministic: bool) -> None:
         torch.backends.cudnn.benchmark = False
 
 
+def _trained_blocks(model: PreTrainedModel) -> list[MoeBlock]:
+    """All but those of multi-token-prediction layers that are kept as they are, which get no token."""
+    return [block for block in moe_blocks(model) if any(p.requires_grad for p in block.experts.parameters())]
+
+
 def _agreed_load(model: PreTrainedModel, device: torch.device) -> ExpertLoad | None:
-    blocks = {block.layer: block.experts for block in moe_blocks(model)}
+    blocks = {block.layer: block.experts for block in _trained_blocks(model)}
     if not blocks:
         return None
     # From the weights: configs have many names for it, and the module counts the experts of this rank only.
@@ -172,6 +188,59 @@ def open_batches(
     return batches, Batches(held_out, grad_accum_steps=count, seed=train.seed, shuffle=False, **shared)
 
 
+def prepare(model: PreTrainedModel, recipe: Recipe) -> list[Optimization]:
+    """Give a built model the recipe's loss and recompute; returns all that was found and done, to be reported.
+
+    Raises:
+        RecipeError: the model's family cannot do what the recipe asks for.
+    """
+    train, found = recipe.train, list(model.moe_recipes_optimizations)
+    mtp_coef, chosen = choose_mtp(model, train.mtp_loss_coef)
+    found.append(chosen)
+    full = train.activation_checkpointing == "full"
+    if full:
+        enable_activation_checkpointing(model)
+    reason = f"train.activation_checkpointing is {'full' if full else 'none'}"
+    found.append(Optimization("activation checkpointing", full, reason))
+    found.append(
+        install_loss(
+            model,
+            fused=recipe.kernels.loss == "fused",
+            chunk_tokens=recipe.kernels.loss_chunk_tokens,
+            wanted=Wanted(
+                aux_loss=train.router_aux_loss_coef > 0, z_loss=train.router_z_loss_coef > 0, mtp_coef=mtp_coef
+            ),
+        )
+    )
+    packing = recipe.data.packing and recipe.data.format != "random_tokens"
+    if packing and (leak := why_not_packed(model)):
+        raise RecipeError(f"data.packing=true: {leak}; set data.packing: false")
+    found.append(Optimization("packing", packing, "documents share rows" if packing else "one document a row"))
+    return found
+
+
+def _moving_biases(model: PreTrainedModel, recipe: Recipe) -> dict[int, nn.Module]:
+    """By layer, the routers whose correction bias the recipe moves: those of all layers that train.
+
+    Raises:
+        RecipeError: it has none.
+    """
+    rate = recipe.train.router_bias_update_rate
+    if not rate:
+        return {}
+    routers = {block.layer: block.router for block in _trained_blocks(model)}
+    found = {layer: r for layer, r in routers.items() if r is not None and hasattr(r, CORRECTION_BIAS)}
+    if not found:
+        raise RecipeError(
+            f"train.router_bias_update_rate={rate}: the routers of {type(model).__name__.removeprefix('FSDP')} have no"
+            " correction bias; set it to 0 and use train.router_aux_loss_coef"
+        )
+    for layer, router in found.items():
+        dtype = getattr(router, CORRECTION_BIAS).dtype
+        assert dtype == torch.float32, f"layer {layer}: the correction bias is {dtype}, steps would be rounded away"
+    return found
+
+
 def setup(recipe: Recipe, folder: RunFolder, world: World) -> Run:
     """Build everything that a run needs, up to but not including the checkpoint that it may continue."""
     source = read_source(recipe)
@@ -181,27 +250,7 @@ def setup(recipe: Recipe, folder: RunFolder, world: World) -> Run:
     model = make_model(recipe, source)
     model.train()
     sum_gradients(model)
-    found = list(model.moe_recipes_optimizations)
-    full = recipe.train.activation_checkpointing == "full"
-    if full:
-        enable_activation_checkpointing(model)
-    found.append(
-        Optimization(
-            "activation checkpointing", full, f"train.activation_checkpointing is {'full' if full else 'none'}"
-        )
-    )
-    found.append(
-        install_loss(
-            model,
-            fused=recipe.kernels.loss == "fused",
-            chunk_tokens=recipe.kernels.loss_chunk_tokens,
-            aux_loss=recipe.train.router_aux_loss_coef > 0,
-        )
-    )
-    packing = recipe.data.packing and recipe.data.format != "random_tokens"
-    if packing and (leak := why_not_packed(model)):
-        raise RecipeError(f"data.packing=true: {leak}; set data.packing: false")
-    found.append(Optimization("packing", packing, "documents share rows" if packing else "one document a row"))
+    found = prepare(model, recipe)
     found.append(Optimization("FSDP2", world.size > 1, f"{world.size} ranks"))
     if world.is_main:
         logger.info("optimizations of %s: %s", type(model).__name__.removeprefix("FSDP"), describe(found))
@@ -224,6 +273,7 @@ def setup(recipe: Recipe, folder: RunFolder, world: World) -> Run:
         batches=batches,
         validation=validation,
         load=_agreed_load(model, world.device),
+        moving_biases=_moving_biases(model, recipe),
         optimizations=found,
         identity=identity,
     )

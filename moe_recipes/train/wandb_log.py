@@ -70,8 +70,12 @@ class WandbLog:
 
 
 def flat_numbers(record: dict[str, Any]) -> dict[str, int | float]:
-    """The record's numbers by flat names: an expert's tokens become ``expert_load/layer_03/expert_017``."""
+    """The record's numbers by flat names: an expert's tokens become ``expert_load/layer_03/expert_017``, a layer's
+    number ``max_violation/layer_03``."""
     flat = {key: value for key, value in record.items() if isinstance(value, int | float)}
+    for name in ("max_violation", "dead_experts"):
+        for layer, value in record.get(f"{name}_of_layer", {}).items():
+            flat[f"{name}/layer_{int(layer):02d}"] = value
     for layer, counts in record.get("expert_load", {}).items():
         for expert, count in enumerate(counts):
             flat[f"expert_load/layer_{int(layer):02d}/expert_{expert:03d}"] = count

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +18,37 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from moe_recipes.config.recipe import Data, Kernels, Model, Optim, Parallel, Recipe, Train
 from moe_recipes.config.run_folder import RunFolder
 from moe_recipes.data.loader import IGNORE, Batch
+from moe_recipes.prove.compare import relative_error, whole, whole_gradients, worst
+from moe_recipes.prove.examples import Document
+from moe_recipes.prove.reference import honour_time_step_limit, load_plain
+from moe_recipes.prove.weights import boost
 from moe_recipes.runtime.world import World
 from moe_recipes.train.run import Run, setup
 from tests.tiny_models import tiny_config
 
+__all__ = [
+    "boost",
+    "build_run",
+    "documents",
+    "honour_time_step_limit",
+    "rank_batches",
+    "relative_error",
+    "save_weights",
+    "whole",
+    "whole_gradients",
+    "worst",
+    "write_reference",
+]
+"""What tests take from here, some of it the package's own."""
+
 SEQ_LEN = 32
 NUM_ROWS = 16
 NUM_MICROBATCHES = 2
-UNPACKED = ("nemotron_h", "gpt_oss")
-"""Families whose rows hold one document each here."""
-
 EAGER_ATTENTION = ("gpt_oss", "gemma2")
 """Families for which Transformers has no scaled_dot_product_attention."""
 
@@ -46,35 +60,6 @@ CLIP = 0.5
 """Far below the gradient norm of a boosted model, so that clipping is part of the step."""
 
 TOLERANCE = 1e-5
-
-
-def boost(model: nn.Module, *, seed: int = 0) -> None:
-    """Values that make every part of the model matter, drawn in the order of the parameters."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(tensor: Tensor, scale: float) -> Tensor:
-        return torch.randn(tensor.shape, generator=generator) * scale
-
-    with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            leaf = name.rpartition(".")[2]
-            if leaf == "dt_bias":
-                tensor.copy_(torch.linspace(-9, 0, tensor.numel()))
-            elif leaf == "A_log":
-                tensor.copy_(torch.linspace(-3, 1, tensor.numel()))
-            elif leaf == "D":
-                tensor.copy_(0.1 + normal(tensor, 0.1))
-            elif leaf == "e_score_correction_bias":
-                tensor.copy_(normal(tensor, 0.1))
-            elif name.endswith("embed_tokens.weight") or name.endswith("embeddings.weight"):
-                tensor.copy_(normal(tensor, 1.0))
-            elif "norm" in name.split(".")[-2] and tensor.ndim == 1:
-                tensor.copy_(1 + normal(tensor, 0.2))
-            elif isinstance(tensor, nn.Parameter) and (tensor.ndim == 1 or leaf.endswith("bias")):
-                tensor.copy_(normal(tensor, 0.3))
-            elif isinstance(tensor, nn.Parameter):
-                gain = 3.0 if "experts." in name or ".gate.weight" in name or ".router." in name else 1.0
-                tensor.copy_(normal(tensor, gain / math.sqrt(tensor.shape[-1])))
 
 
 def starve(model: nn.Module) -> None:
@@ -102,25 +87,12 @@ def save_weights(family: str, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Document:
-    """One training example inside a packed row."""
-
-    row: int
-    start: int
-    input_ids: Tensor
-    """int64 ``[n]``."""
-
-    learned: Tensor
-    """bool ``[n]``: tokens that carry loss; never the first, which nothing predicts."""
-
-
 def documents(family: str, *, vocab_size: int = 256) -> list[Document]:
     """The step's documents with ragged label counts: rows 2, 3, 10 and 11 carry no loss, row 5 one label."""
     random = np.random.default_rng(0)
     found = []
     for row in range(NUM_ROWS):
-        packed = family not in UNPACKED and row % 4 != 0
+        packed = row % 4 != 0
         cuts = sorted(random.choice(np.arange(3, SEQ_LEN - 3), size=2, replace=False)) if packed else []
         for start, end in zip([0, *cuts], [*cuts, SEQ_LEN], strict=True):
             learned = torch.from_numpy(random.random(end - start) < random.random())
@@ -135,13 +107,6 @@ def documents(family: str, *, vocab_size: int = 256) -> list[Document]:
     return found
 
 
-def honour_time_step_limit(model: nn.Module) -> None:
-    """Mamba layers of Transformers clamp the time step at ``time_step_min`` and not at the config's limit."""
-    for module in model.modules():
-        if hasattr(module, "time_step_limit"):
-            module.time_step_limit = tuple(model.config.time_step_limit)
-
-
 @torch.no_grad()
 def _reference_logits(model: nn.Module, documents: list[Document]) -> Tensor:
     logits = torch.zeros(NUM_ROWS, SEQ_LEN, model.config.vocab_size)
@@ -154,11 +119,7 @@ def _reference_logits(model: nn.Module, documents: list[Document]) -> Tensor:
 def write_reference(family: str, folder: Path) -> None:
     """Save the weights, and one step of plain Transformers with what came of it, to ``folder``."""
     save_weights(family, folder / "weights")
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder / "weights", dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
-    )
-    honour_time_step_limit(model)
-    model.train()
+    model = load_plain(folder / "weights")
     examples = documents(family)
     num_labels = sum(int(d.learned.sum()) for d in examples)
     result: dict[str, Any] = {"logits": _reference_logits(model, examples), "num_labels": num_labels, "loss": 0.0}
@@ -237,33 +198,6 @@ def build_run(
     )
     world = World(rank=dist.get_rank(), local_rank=0, size=ranks, device=torch.device("cpu"), host="test")
     run = setup(recipe, folder, world)
-    if config_type not in UNPACKED:  # position ids reach the model, as with packed data
-        run.recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, format="auto"))
+    # Position ids reach the model, as with packed data.
+    run.recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, format="auto"))
     return run
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The global value of a parameter or gradient, a copy."""
-    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return full.detach().clone()
-
-
-def whole_gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
-
-
-def relative_error(value: Tensor, reference: Tensor) -> float:
-    """Norm of the difference over norm of the reference; infinite where only the reference is zero."""
-    error, norm = float((value.double() - reference.double()).norm()), float(reference.double().norm())
-    return error / norm if norm else (0.0 if error == 0 else math.inf)
-
-
-def worst(values: dict[str, Tensor], references: dict[str, Tensor]) -> tuple[float, str]:
-    """Largest relative error over all tensors, and over each expert of the expert weights alone."""
-    assert values.keys() == references.keys()
-    errors = []
-    for name, reference in references.items():
-        errors.append((relative_error(values[name], reference), name))
-        if ".experts." in name:
-            errors += [(relative_error(values[name][e], reference[e]), f"{name}[{e}]") for e in range(len(reference))]
-    return max(errors)

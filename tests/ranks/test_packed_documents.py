@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+from moe_recipes import AutoModelForCausalLM
 from moe_recipes.config.errors import RecipeError
 from moe_recipes.config.recipe import Data, Model, Optim, Recipe, Train
 from moe_recipes.config.run_folder import RunFolder
@@ -53,6 +54,24 @@ def check_family(family: str) -> None:
         assert TOGETHER[family] in reason
 
 
+def check_ours(family: str) -> None:
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    model = AutoModelForCausalLM.from_config(tiny_config(family), **options)
+    boost(model)
+    assert why_not_packed(model) is None
+    assert influence_of_the_first_document(model) == 0.0
+    # Each half alone is not enough.
+    base = model.base_model
+    base.__class__ = type(base).__mro__[1]
+    assert TOGETHER[family] in why_not_packed(model) or "Mamba2Mixer" in why_not_packed(model)
+    assert influence_of_the_first_document(model) > 0.1
+
+
+@pytest.mark.parametrize("family", TOGETHER)
+def test_documents_stay_apart_in_what_this_package_builds(family):
+    run_on_ranks(check_ours, 1, family)
+
+
 @pytest.mark.parametrize("family", [*APART, *TOGETHER])
 def test_the_verdict_is_what_gradients_show(family):
     run_on_ranks(check_family, 1, family)
@@ -60,8 +79,10 @@ def test_the_verdict_is_what_gradients_show(family):
 
 def check_refusal(folder: Path) -> None:
     make_tokenizer().save_pretrained(folder / "model")
-    config = tiny_config("nemotron_h")
-    config.vocab_size = 512
+    config = transformers.Lfm2Config(
+        vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, layer_types=["conv", "full_attention"],
+    )  # fmt: skip
     config.save_pretrained(folder / "model")
     write_jsonl(folder / "a.jsonl", [chat(f"the cat {i}?", "sat on the mat") for i in range(12)])
     recipe = Recipe(
@@ -74,7 +95,7 @@ def check_refusal(folder: Path) -> None:
     run_folder = RunFolder(folder / "run")
     run_folder.path.mkdir()
     world = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"), host="test")
-    with pytest.raises(RecipeError, match=r"data\.packing=true: .*Mamba2Mixer.*; set data\.packing: false"):
+    with pytest.raises(RecipeError, match=r"data\.packing=true: .*Lfm2ShortConv.*; set data\.packing: false"):
         setup(recipe, run_folder, world)
     apart = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, packing=False))
     assert setup(apart, run_folder, world).batches.num_rows == 12

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
+from moe_recipes.data.loader import Batch
 from moe_recipes.models.loss import remove_loss
 from moe_recipes.train.loop import train_step
 from moe_recipes.train.run import Run
@@ -21,7 +24,6 @@ from tests.ranks.parity import (
     NUM_ROWS,
     SEQ_LEN,
     TOLERANCE,
-    UNPACKED,
     build_run,
     rank_batches,
     relative_error,
@@ -51,8 +53,7 @@ def references(tmp_path_factory: pytest.TempPathFactory):
 def check_logits(run: Run, family: str, expected: torch.Tensor) -> None:
     """The model's own logits of this rank's rows, through its own forward."""
     for batch in rank_batches(family):
-        extra = {} if family in UNPACKED else {"position_ids": batch.position_ids}
-        logits = run.model(input_ids=batch.input_ids, use_cache=False, **extra).logits
+        logits = run.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
         assert relative_error(logits, expected[list(batch.row_ids)]) <= TOLERANCE
 
 
@@ -157,9 +158,9 @@ def check_starved_step(folder: Path, ep_size: int, checkpointing: str) -> None:
 
 def check_load(folder: Path, ep_size: int) -> None:
     run = build_run(folder / "weights", ep_size=ep_size)
-    train_step(run, rank_batches("qwen3_moe_starved"))
-    assert run.load is not None
-    assert run.load.collect().tolist() == [[NUM_ROWS * SEQ_LEN] * 2 + [0] * 6] * 2
+    counts = train_step(run, rank_batches("qwen3_moe_starved")).expert_counts
+    assert counts is not None
+    assert counts.tolist() == [[NUM_ROWS * SEQ_LEN] * 2 + [0] * 6] * 2
 
 
 @pytest.mark.parametrize(
@@ -186,25 +187,40 @@ def test_the_step_is_ragged():
     run_on_ranks(counts, 8)
 
 
-def check_aux_loss(folder: Path, ep_size: int, checkpointing: str) -> None:
-    """Mean of Transformers' load-balancing loss over all microbatches of all ranks, beside the mean over labels."""
+def outputs_of_documents(plain: torch.nn.Module, batch: Batch) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Router logits of each layer ``[B * S, E]`` and logits ``[B * S, V]``, every document of the rows alone."""
+    outputs = []
+    for ids, positions in zip(batch.input_ids, batch.position_ids, strict=True):
+        borders = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
+        for start, end in itertools.pairwise(borders):
+            outputs.append(plain(input_ids=ids[None, start:end], use_cache=False, output_router_logits=True))
+    layers = zip(*(out.router_logits for out in outputs), strict=True)
+    return [torch.cat(layer) for layer in layers], torch.cat([out.logits[0] for out in outputs])
+
+
+def check_aux_loss(family: str, folder: Path, ep_size: int, checkpointing: str) -> None:
+    """Mean of Transformers' load-balancing loss over all microbatches of all ranks, beside the mean over labels.
+
+    The last tokens of every row pass for padding, which Transformers leaves out by its attention mask.
+    """
     coef, ranks = 0.5, dist.get_world_size()
     run = build_run(folder / "weights", ep_size=ep_size, checkpointing=checkpointing, router_aux_loss_coef=coef)
     seen: dict[str, torch.Tensor] = {}
     run.optimizer.register_step_pre_hook(lambda *_: seen.update(whole_gradients(run.model)))
-    stats = train_step(run, rank_batches("qwen3_moe"))
+    real = torch.arange(SEQ_LEN) < SEQ_LEN - 5
+    batches = [dataclasses.replace(b, real_tokens=real.expand_as(b.input_ids)) for b in rank_batches(family)]
+    stats = train_step(run, batches)
 
     plain = AutoModelForCausalLM.from_pretrained(
         folder / "weights", dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
     )
     aux_sum = 0.0
-    for batch in rank_batches("qwen3_moe"):
-        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
-        out = plain(**inputs, output_router_logits=True)
-        aux = load_balancing_loss_func(out.router_logits, 8, 2)
-        loss = F.cross_entropy(out.logits.flatten(0, 1), batch.shift_labels.flatten(), reduction="sum")
+    for batch in batches:
+        router_logits, logits = outputs_of_documents(plain, batch)
+        aux = load_balancing_loss_func(tuple(router_logits), 8, 2, attention_mask=batch.real_tokens)
+        loss = F.cross_entropy(logits, batch.shift_labels.flatten(), reduction="sum")
         (loss / stats.num_label_tokens + coef * aux / (ranks * NUM_MICROBATCHES)).backward()
-        aux_sum += float(aux) / (ranks * NUM_MICROBATCHES)
+        aux_sum += float(aux.detach()) / (ranks * NUM_MICROBATCHES)
     total = torch.tensor(aux_sum, dtype=torch.float64)
     dist.all_reduce(total)
     assert abs(stats.aux_loss / float(total) - 1) <= TOLERANCE
@@ -218,7 +234,14 @@ def check_aux_loss(folder: Path, ep_size: int, checkpointing: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "ep_size", "checkpointing"), [(2, 2, "full"), slow(1, 1, "none"), slow(4, 2, "full")]
+    ("family", "num_ranks", "ep_size", "checkpointing"),
+    [
+        ("qwen3_moe", 2, 2, "full"),
+        ("gpt_oss", 2, 2, "full"),
+        slow("qwen3_moe", 1, 1, "none"),
+        slow("qwen3_moe", 4, 2, "full"),
+        slow("gpt_oss", 4, 2, "none"),
+    ],
 )
-def test_load_balancing_loss(references, num_ranks, ep_size, checkpointing):
-    run_on_ranks(check_aux_loss, num_ranks, references("qwen3_moe"), ep_size, checkpointing)
+def test_load_balancing_loss(references, family, num_ranks, ep_size, checkpointing):
+    run_on_ranks(check_aux_loss, num_ranks, family, references(family), ep_size, checkpointing)

@@ -187,7 +187,7 @@ def check_saved_tensors(folder: Path) -> None:
             return tensor
 
         with saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss, _ = batch_loss(run, rank_batches("qwen3_moe")[0])
+            loss = batch_loss(run, rank_batches("qwen3_moe")[0]).total
         loss.backward()
         return sum(kept.values())
 

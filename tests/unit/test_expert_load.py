@@ -7,7 +7,7 @@ import torch
 from transformers import AriaTextConfig, AutoModelForCausalLM
 
 from moe_recipes.models.blocks import moe_blocks
-from moe_recipes.moe.expert_load import ExpertLoad, max_violation
+from moe_recipes.moe.expert_load import ExpertLoad, count_only, counted_tokens, dead_experts, max_violation
 from moe_recipes.train.run import _agreed_load
 from tests.tiny_models import tiny_config
 
@@ -18,6 +18,11 @@ def test_max_violation_is_the_worst_layers_excess_over_its_mean():
     assert max_violation(torch.tensor([even, skewed])) == pytest.approx(11 / 4 - 1)
     assert max_violation(torch.tensor([skewed, even])) == pytest.approx(11 / 4 - 1)
     assert max_violation(torch.tensor([[0, 0, 0, 20]])) == pytest.approx(3.0)
+    assert max_violation(torch.tensor([[0, 0], [0, 0]])) == 0.0
+
+
+def test_dead_experts_are_those_without_a_token():
+    assert dead_experts(torch.tensor([[0, 3, 0], [1, 1, 1]])).tolist() == [2, 0]
 
 
 def test_only_training_passes_count():
@@ -33,6 +38,17 @@ def test_only_training_passes_count():
     model(input_ids=ids, use_cache=False)
     assert load.layers == [0, 1]
     assert load.counts_LE.sum(dim=1).tolist() == [40, 40]
+
+
+def test_tokens_that_do_not_count_are_left_out_of_the_load():
+    model = AutoModelForCausalLM.from_config(tiny_config("qwen3_moe"), dtype=torch.float32)
+    load = ExpertLoad({b.layer: b.experts for b in moe_blocks(model)}, num_experts=8, device=torch.device("cpu"))
+    model.train()
+    real = torch.arange(20)[None] < 17
+    with count_only(real), count_only(torch.arange(20) > 1), count_only(None):
+        model(input_ids=torch.arange(20)[None], use_cache=False)
+    assert load.counts_LE.sum(dim=1).tolist() == [30, 30]
+    assert counted_tokens() is None
 
 
 def test_experts_are_counted_whatever_the_config_calls_them():

@@ -129,7 +129,7 @@ def test_tests_and_files_named_in_the_docs_exist() -> None:
     known |= {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
     text = "\n".join(path.read_text() for path in DOCS)
     assert set(re.findall(r"\btest_\w+", text)) - known == set()
-    rooms = "config|plan|launch|runtime|kernels|moe|models|data|checkpoint|train|bench"
+    rooms = "config|plan|launch|runtime|kernels|moe|models|data|checkpoint|train|prove|bench"
     named = set(re.findall(rf"(?<![\w/.])(?:moe_recipes/)?((?:{rooms})/\w+\.py)", text))
     assert len(named) > 8
     assert [name for name in sorted(named) if not (ROOT / "moe_recipes" / name).is_file()] == []

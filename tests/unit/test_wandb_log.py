@@ -80,8 +80,12 @@ def test_off_starts_nothing(tmp_path):
 
 def test_flat_numbers_name_every_expert_and_drop_what_is_no_number():
     record = {"loss": 1.0, "mfu": None, "expert_load": {3: [5, 0], "11": [2, 3]}}
+    record |= {"max_violation": 0.5, "max_violation_of_layer": {3: 0.5}, "dead_experts_of_layer": {3: 1}}
     assert flat_numbers(record) == {
         "loss": 1.0,
+        "max_violation": 0.5,
+        "max_violation/layer_03": 0.5,
+        "dead_experts/layer_03": 1,
         "expert_load/layer_03/expert_000": 5,
         "expert_load/layer_03/expert_001": 0,
         "expert_load/layer_11/expert_000": 2,
