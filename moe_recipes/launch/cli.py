@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
 import moe_recipes
-from moe_recipes.config.errors import EXIT_OK, MoeRecipesError, RecipeError
+from moe_recipes.config.errors import EXIT_CANNOT_WRITE, EXIT_OK, MoeRecipesError, RecipeError, exit_code_of
 from moe_recipes.launch.words import ERROR_PREFIX
 
 EXIT_INTERRUPTED = 130
@@ -42,6 +42,8 @@ VERBS = {
     "save": Verb("moe_recipes.launch.operator.switches", "ask a run for a checkpoint at the next step"),
     "prefetch": Verb("moe_recipes.launch.operator.prefetch", "fetch and check model and data of a recipe"),
     "wandb-sync": Verb("moe_recipes.launch.operator.wandb_sync", "send a run's offline W&B folder to the server"),
+    "prove": Verb("moe_recipes.launch.prove", "hold the recipe, cut small, against one process of Transformers"),
+    "rehearse": Verb("moe_recipes.launch.rehearse", "lay the true model out for all ranks, without weights or GPUs"),
     "bundle": Verb("moe_recipes.launch.operator.bundle", "pack what support needs of a job, without secrets"),
 }
 
@@ -50,6 +52,9 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose usage errors are ours: one line, and the exit code for a wrong command line."""
 
     def error(self, message: str) -> NoReturn:
+        words = message.removeprefix("unrecognized arguments: ")
+        if words != message and "=" in words and not words.startswith("-"):
+            raise RecipeError(f"{message}; write --set {words.split()[0]}")  # the form of sbatch slurm/x.sh
         raise RecipeError(f"{message}; see `{self.prog} --help`")
 
 
@@ -75,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if getattr(options, "cpu", False):
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Transformers lays ranks out over any GPU that they can see
         code: int = importlib.import_module(VERBS[options.verb].module).run(options)
+        sys.stdout.flush()  # a full disk behind `> FILE` shows here, and not when Python has left
         return code
     except MoeRecipesError as error:
         if "--json" in words:
@@ -88,6 +94,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output went away (`| head`). Python would complain again when it flushes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
+    except OSError as error:
+        if exit_code_of(error) != EXIT_CANNOT_WRITE:
+            raise
+        print(f"{ERROR_PREFIX}{error.filename or 'stdout'}: cannot be written: {error.strerror}", file=sys.stderr)
+        if error.filename is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_CANNOT_WRITE
 
 
 if __name__ == "__main__":
