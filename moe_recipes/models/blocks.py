@@ -14,6 +14,8 @@ from typing import Any
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from moe_recipes.runtime.optimizations import Optimization
+
 
 @dataclass(frozen=True, kw_only=True)
 class MoeBlock:
@@ -108,3 +110,24 @@ def put_class(module: nn.Module, kind: type[nn.Module]) -> None:
 def _sharded_class(now: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
     # As fully_shard does it: its mixin in front, then the class.
     return type(now.__name__, (now.__bases__[0], kind), {"__deepcopy__": now.__dict__["__deepcopy__"]})
+
+
+def fuse_class(
+    model: nn.Module, theirs: type[nn.Module], ours: type[nn.Module], *, name: str, source: str, replaced: str
+) -> Optimization:
+    """Give every module of Transformers' class ``theirs`` the forward of its subclass ``ours``.
+
+    On the CPU that runs the kernel's torch reference.
+
+    Args:
+        source: fingerprint of what ``ours`` stands for, as it is installed; ``replaced``: as ``ours`` expects it.
+    """
+    found = modules_of_class(model, theirs)
+    if not found:
+        return Optimization(name, False, f"no {theirs.__name__} in the model")
+    if source != replaced:
+        return Optimization(name, False, f"Transformers' {theirs.__name__} is not the one that it replaces")
+    for module in found:
+        put_class(module, ours)
+    on_gpu = any(parameter.is_cuda for parameter in model.parameters())
+    return Optimization(name, on_gpu, f"{len(found)} layers" if on_gpu else "the model is not on a GPU")

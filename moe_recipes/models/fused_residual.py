@@ -10,7 +10,7 @@ from transformers.models.qwen3_moe import modeling_qwen3_moe as hf
 from transformers.utils.deprecation import deprecate_kwarg
 
 from moe_recipes.kernels.add_rms_norm import add_rms_norm
-from moe_recipes.models.blocks import fingerprint, modules_of_class, put_class
+from moe_recipes.models.blocks import fingerprint, fuse_class
 from moe_recipes.models.fused_norms import runs_alone
 from moe_recipes.runtime.optimizations import Optimization
 
@@ -54,12 +54,6 @@ class Qwen3MoeDecoderLayer(hf.Qwen3MoeDecoderLayer):
 
 def fuse_residual(model: nn.Module) -> Optimization:
     """Give every layer of Qwen3-MoE the fused forward; on the CPU it runs the kernel's torch reference."""
-    found = modules_of_class(model, hf.Qwen3MoeDecoderLayer)
-    if not found:
-        return Optimization(NAME, False, "no layer of Qwen3-MoE")
-    if found_source() != REPLACED:
-        return Optimization(NAME, False, "Transformers' layer is not the one that it replaces")
-    for module in found:
-        put_class(module, Qwen3MoeDecoderLayer)
-    on_gpu = any(parameter.is_cuda for parameter in model.parameters())
-    return Optimization(NAME, on_gpu, f"{len(found)} layers" if on_gpu else "the model is not on a GPU")
+    return fuse_class(
+        model, hf.Qwen3MoeDecoderLayer, Qwen3MoeDecoderLayer, name=NAME, source=found_source(), replaced=REPLACED
+    )

@@ -185,7 +185,7 @@ def test_another_source_is_left_alone(monkeypatch):
     monkeypatch.setattr(hf.Qwen3MoeAttention, "forward", forward)
     monkeypatch.setattr(hf.Qwen3MoeDecoderLayer, "forward", forward)
     _, model = models()
-    for fuse, what in ((fuse_attention, "attention"), (fuse_residual, "layer")):
+    for fuse, what in ((fuse_attention, "Qwen3MoeAttention"), (fuse_residual, "Qwen3MoeDecoderLayer")):
         assert fuse(model)[1:] == (False, f"Transformers' {what} is not the one that it replaces")
     assert type(model.model.layers[0]) is hf.Qwen3MoeDecoderLayer
     assert type(model.model.layers[0].self_attn) is hf.Qwen3MoeAttention
@@ -193,8 +193,8 @@ def test_another_source_is_left_alone(monkeypatch):
 
 def test_other_families_and_replaced_forwards_are_left_alone():
     llama = transformers.AutoModelForCausalLM.from_config(tiny_config("llama"))
-    assert fuse_attention(llama)[1:] == (False, "no attention of Qwen3-MoE")
-    assert fuse_residual(llama)[1:] == (False, "no layer of Qwen3-MoE")
+    assert fuse_attention(llama)[1:] == (False, "no Qwen3MoeAttention in the model")
+    assert fuse_residual(llama)[1:] == (False, "no Qwen3MoeDecoderLayer in the model")
     _, model = models()
     attention = model.model.layers[0].self_attn
     attention.forward = attention.forward
