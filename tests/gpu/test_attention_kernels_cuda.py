@@ -113,13 +113,15 @@ def test_weight_gradients_of_several_tokens_a_program(dtype, monkeypatch):
     check_heads((2, 9, 3, 2, 16, 16), dtype)
 
 
-def test_qk_norm_rope_rounds_as_transformers_does():
-    """In bfloat16 nearly every value is the same: what differs had its sum of squares added in another order."""
+def test_qk_norm_rope_is_no_further_from_float64_than_transformers():
+    """In bfloat16: on a GPU the kernel rounds its result once, eager Transformers after every operation."""
     if not CUDA:
         pytest.skip("the interpreter cuts bfloat16 off")
     inputs, _, run = heads_case((1, 512, 8, 2, 128, 128), torch.bfloat16)
-    pairs = zip(run(qk_norm_rope, inputs), run(qk_norm_rope_reference, inputs), strict=True)
-    assert all((mine != theirs).float().mean() < 1e-3 for mine, theirs in pairs)
+    mine, eager = run(qk_norm_rope, inputs), run(qk_norm_rope_reference, inputs)
+    exact = run(qk_norm_rope_reference, wide(inputs))
+    for fused, theirs, wanted in zip(mine, eager, exact, strict=True):
+        assert relative(fused, wanted) <= 1.01 * relative(theirs, wanted)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
