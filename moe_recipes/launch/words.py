@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -51,3 +53,15 @@ def last_words(log: Path, tail_bytes: int = 65536) -> str | None:
     """The text of ``last_line``."""
     line = last_line(log, tail_bytes)
     return line.text if line is not None else None
+
+
+NOT_THERE = re.compile(r"No such file|not found|does not exist|cannot find", re.IGNORECASE)
+_CONTAINER = re.compile(r"\[ERROR\]|\[FATAL\]|FATAL:")
+
+
+def most_telling_first(lines: Iterable[str]) -> list[str]:
+    """What is not there, then what the container's runtime says, then the rest, each in the order given.
+
+    Which of srun's lines comes first is chance: nodes write as they fail.
+    """
+    return sorted(lines, key=lambda line: (not NOT_THERE.search(line), not _CONTAINER.search(line)))

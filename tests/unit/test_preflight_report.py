@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from moe_recipes.config.errors import CorruptCheckpointError, MissingInputError
+from moe_recipes.launch.preflight import step
 from moe_recipes.launch.preflight.clock import clock_server
 from moe_recipes.launch.preflight.node import ask, code_hash
 from moe_recipes.launch.preflight.plan import is_secret, read_plan, read_records, recipe_hash, write_plan
@@ -227,3 +228,18 @@ def test_the_task_needs_no_torch_outside_the_container(tmp_path: Path) -> None:
 def test_a_failure_is_no_pass_whatever_its_code() -> None:
     bad = named(failed("the model does not fit", exit_code=20), "walltime", JOB)
     assert Report(nodes=("n1",), probes=(bad,), seconds=0.0).exit_code == 20
+
+
+def test_what_is_missing_is_said_before_what_follows_from_it(tmp_path):
+    """Lines of two nodes come in any order, and only the first few are shown."""
+    log = tmp_path / "srun-inside.log"
+    log.write_text(
+        "srun: error: node2: task 1: Exited with exit code 1\n"
+        "srun: error: node1: task 0: Exited with exit code 1\n"
+        "slurmstepd-node2: error: pyxis: container start failed with error code: 1\n"
+        "slurmstepd-node2: error: pyxis: printing enroot log file:\n"
+        "slurmstepd-node2: error: pyxis:     [ERROR] No such file or directory: /no/such/folder\n"
+    )
+    assert step._errors(log).startswith("[ERROR] No such file or directory: /no/such/folder; node2: task 1")
+    log.write_text("one line\nthe last line\n")
+    assert step._errors(log) == "the last line"

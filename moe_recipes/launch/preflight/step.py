@@ -31,6 +31,7 @@ from moe_recipes.launch.slurm.commands import JobFacts
 from moe_recipes.launch.slurm.spec import JobSpec, write_spec
 from moe_recipes.launch.slurm.srun import spec_path, srun_command, srun_environment, task_environment
 from moe_recipes.launch.slurm.timing import check_walltime, estimated_times, measured_times
+from moe_recipes.launch.words import most_telling_first
 
 OUTSIDE_LIMIT_S, INSIDE_LIMIT_S = 60.0, 200.0
 """What one step may take, the start of the container included; dead nodes are then known by their silence."""
@@ -213,7 +214,7 @@ def _wait(process: subprocess.Popen[bytes], limit_s: float, stop: Callable[[], b
 
 
 def _errors(log: Path) -> str:
-    """The first different errors that srun and the container's runtime said, else the last line."""
+    """The most telling errors that srun and the container's runtime said, each once, else the last line."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = dict.fromkeys(re.sub(r"^.*?error: (pyxis: *)?", "", line) for line in lines if "error: " in line)
-    return "; ".join(list(errors)[:MOST_ERRORS]) or (lines[-1] if lines else "")
+    return "; ".join(most_telling_first(errors)[:MOST_ERRORS]) or (lines[-1] if lines else "")

@@ -24,7 +24,7 @@ from moe_recipes.launch.slurm.endings import (
     read_srun_words,
     started_ranks,
 )
-from moe_recipes.launch.words import last_line
+from moe_recipes.launch.words import NOT_THERE, last_line, most_telling_first
 
 Kind = Literal[
     "done",
@@ -73,8 +73,6 @@ _NETWORK = re.compile(
     re.IGNORECASE,
 )
 _MISSING_PACKAGE = re.compile(r"ModuleNotFoundError|ImportError|No module named")
-_CONTAINER = re.compile(r"\[ERROR\]|\[FATAL\]|FATAL:")
-_NOT_THERE = re.compile(r"No such file|not found|does not exist|cannot find", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +189,7 @@ def _from_status(seen: _Evidence) -> Cause:
 def _from_end(seen: _Evidence, end: RankEnd) -> Cause:
     log = log_of(seen.attempt, end.rank)
     if log is None and end.cause is None and started_ranks(seen.attempt):
-        said = _telling(seen.words.errors) if seen.words.errors else f"exited with code {end.exit_code}"
+        said = most_telling_first(seen.words.errors)[0] if seen.words.errors else f"exited with code {end.exit_code}"
         message = f"the task of rank {end.rank} did not start on {end.node}, others did: {said}"
         return Cause(
             kind="infrastructure", exit_code=errors.EXIT_INFRASTRUCTURE, message=message, rank=end.rank, node=end.node
@@ -267,18 +265,12 @@ def _never_started(seen: _Evidence) -> Cause | None:
     """No task came up: the container or srun itself."""
     if not seen.words.errors or seen.ends or started_ranks(seen.attempt) or _why_stopped(seen) is not None:
         return None
-    said = _telling(seen.words.errors)
+    said = most_telling_first(seen.words.errors)[0]
     if "Unable to create step" in said or "Communication connection failure" in said:
         return seen.cause("infrastructure", errors.EXIT_INFRASTRUCTURE, f"srun: {said}")
-    if _NOT_THERE.search(said):
+    if NOT_THERE.search(said):
         return seen.cause("user_error", errors.EXIT_MISSING_INPUT, f"srun: {said}")
     return seen.cause("environment", errors.EXIT_ENVIRONMENT, f"srun: {said}")
-
-
-def _telling(errors: tuple[str, ...]) -> str:
-    """The error line that says most: what is not there, else what the container's runtime says, else the first."""
-    told = [line for pattern in (_NOT_THERE, _CONTAINER) for line in errors if pattern.search(line)]
-    return [*told, *errors][0]
 
 
 def _killed(seen: _Evidence) -> Cause | None:
