@@ -132,11 +132,11 @@ def seconds_per_step(step: Step, batches: Batches, *, warmup: int, steps: int, d
         step(prepared[number % 4])
     durations = []
     for number in range(steps):
-        _wait_for(device)
+        wait_for(device)
         barrier()
         start = time.perf_counter()
         step(prepared[number % 4])
-        _wait_for(device)
+        wait_for(device)
         durations.append(time.perf_counter() - start)
     return median(max_over_ranks(*durations))
 
@@ -149,7 +149,7 @@ def model_flops_utilization(recipe: Recipe, tokens_per_s: float, device: torch.d
     return tokens_per_s * flops / peak if flops and peak else None
 
 
-def _wait_for(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -60,7 +60,7 @@ def loss_curve(metrics_jsonl: Path, out_png: Path, *, resumed_at: Sequence[int] 
     Raises:
         DataError: no record has a loss. EnvironmentMismatchError: matplotlib is not installed.
     """
-    plt = _pyplot()
+    plt = pyplot()
     records = [record for record in read_metrics(metrics_jsonl) if "loss" in record]
     if not records:
         raise DataError(f"{metrics_jsonl}: no record has a loss")
@@ -118,7 +118,7 @@ def expert_heat_map(metrics_jsonl: Path, out_png: Path) -> None:
     Raises:
         DataError: no record has ``expert_load``. EnvironmentMismatchError: matplotlib is not installed.
     """
-    plt = _pyplot()
+    plt = pyplot()
     records = read_metrics(metrics_jsonl)
     loaded = [record for record in records if record.get("expert_load")]
     if not loaded:
@@ -169,7 +169,7 @@ def _edges(steps: Sequence[int]) -> list[float]:
     return [2 * steps[0] - middles[0], *middles, 2 * steps[-1] - middles[-1]]
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
     try:
         import matplotlib
     except ImportError as error:
