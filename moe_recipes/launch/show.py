@@ -14,7 +14,9 @@ from moe_recipes.config.recipe import Recipe
 from moe_recipes.config.resolve import dump, load_recipe, recipe_to_dict
 from moe_recipes.config.run_folder import run_folder_of
 from moe_recipes.launch.arguments import add_json, add_overrides, add_recipe
+from moe_recipes.plan.flops import train_flops_per_token
 from moe_recipes.plan.parameters import count_parameters
+from moe_recipes.plan.states import checkpoint_bytes, device_bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,4 +73,12 @@ def derived_facts(recipe: Recipe) -> dict[str, Any]:
         facts["parameters"] = f"not counted for model_type {config.get('model_type')!r}"
     else:
         facts |= {"parameters": count.total, "parameters a token": count.active, "in routed experts": count.routed}
+        if count.mtp:
+            facts["predict further tokens"] = count.mtp
+        states, checkpoint = device_bytes(count, recipe), checkpoint_bytes(count, recipe)
+        if states is not None and checkpoint is not None:
+            facts |= {"bytes of states a rank": states, "bytes of a checkpoint": checkpoint}
+    flops = train_flops_per_token(config, seq_len=recipe.data.seq_len)
+    if flops is not None:
+        facts["training FLOPs a token"] = f"{flops:.4g}"
     return facts

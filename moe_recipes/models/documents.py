@@ -15,6 +15,7 @@ from transformers.models.nemotron_h import modeling_nemotron_h as nemotron_h
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
+from moe_recipes.families import FAMILIES
 from moe_recipes.models.blocks import fingerprint, modules_of_class, put_class
 from moe_recipes.runtime.optimizations import Optimization
 
@@ -108,10 +109,17 @@ class GptOssModel(gpt_oss.GptOssModel):
         )  # fmt: skip
 
 
+_CLASSES = {
+    "nemotron_h": (NemotronHModel, nemotron_h.NemotronHModel),
+    "gpt_oss": (GptOssModel, gpt_oss.GptOssModel),
+}
+"""Ours and Transformers' for each family whose documents its own class does not keep apart."""
+
+
 def pass_documents(model: nn.Module) -> Optimization | None:
     """Give the base model of a family that needs it the forward above; None for the other families."""
     sources = found_sources()
-    for ours, theirs in ((NemotronHModel, nemotron_h.NemotronHModel), (GptOssModel, gpt_oss.GptOssModel)):
+    for ours, theirs in (_CLASSES[family.name] for family in FAMILIES if family.documents == "replaced"):
         found = modules_of_class(model, theirs)
         if not found:
             continue

@@ -20,12 +20,13 @@ from torch.distributed.tensor import DTensor, Replicate
 from transformers.distributed import fsdp as transformers_fsdp
 from transformers.models.nemotron_h import modeling_nemotron_h as hf
 
+from moe_recipes.families import NEMOTRON_H
 from moe_recipes.models.blocks import fingerprint
 
 MIXER = "6cb8fb31e9d45cb3"
 """Fingerprint of the mixer whose parameters these are, and whose forward ``models/mamba.py`` replaces."""
 
-NAMES = ("A_log", "D", "dt_bias")
+NAMES = NEMOTRON_H.float32
 PATTERNS = tuple(f"mixer.{name}" for name in NAMES)
 """What Transformers' list of float32 modules finds them by."""
 

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-CORRECTION_BIAS = "e_score_correction_bias"
-"""Router buffer that is added to the scores for the choice of experts, and not to their weights."""
+from moe_recipes.families import CORRECTION_BIAS
 
 
 def load_balancing_loss(router_logits: Sequence[Tensor], *, top_k: int, real_T: Tensor | None = None) -> Tensor:

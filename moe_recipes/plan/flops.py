@@ -28,12 +28,14 @@ def train_flops_per_token(config: Mapping[str, Any], *, seq_len: int) -> float |
     """Forward plus backward FLOPs a token, or None for a family whose arithmetic is not written here.
 
     Args:
-        config: a config.json with the keys of Llama, Qwen3, Qwen3-MoE or Nemotron-H.
+        config: a config.json with the keys of a declared family, or of Llama, Mistral, Qwen2 or Qwen3.
     """
-    if config.get("model_type") == "nemotron_h":
-        return 3.0 * sum(nemotron_h_forward_flops(config, seq_len=seq_len).values())
-    if config.get("model_type") not in ("qwen3_moe", "qwen3", "llama", "mistral", "qwen2"):
-        return None
+    parts = _FORWARD.get(str(config.get("model_type")))
+    return 3.0 * sum(parts(config, seq_len=seq_len).values()) if parts is not None else None
+
+
+def _llama_forward_flops(config: Mapping[str, Any], *, seq_len: int) -> dict[str, float]:
+    """Forward FLOPs a token of Llama and what is built like it, Qwen3-MoE's experts included."""
     hidden, layers = config["hidden_size"], config["num_hidden_layers"]
     projections, attention = _attention(config, seq_len)
     dense_mlp = 3 * 2 * hidden * config["intermediate_size"]
@@ -47,8 +49,45 @@ def train_flops_per_token(config: Mapping[str, Any], *, seq_len: int) -> float |
     else:
         mlp = layers * dense_mlp
     head = 2 * hidden * config["vocab_size"]
-    flops: float = 3.0 * (layers * (projections + attention) + mlp + head)
-    return flops
+    return {"attention": float(layers * (projections + attention)), "mlp": float(mlp), "head": float(head)}
+
+
+def gpt_oss_forward_flops(config: Mapping[str, Any], *, seq_len: int) -> dict[str, float]:
+    """Forward FLOPs a token of GPT-OSS, by part; a window counts as the keys that it lets a token see on average."""
+    hidden, layers, inner = config["hidden_size"], config["num_hidden_layers"], config["intermediate_size"]
+    projections, attention = _attention(config, seq_len)
+    window = min(config.get("sliding_window") or seq_len, seq_len)
+    inside = (window - window * window / (2 * seq_len)) / (seq_len / 2)
+    kinds = config.get("layer_types")
+    windowed = kinds.count("sliding_attention") if kinds else (layers + 1) // 2
+    return {
+        "attention projections": float(layers * projections),
+        "attention": attention * (layers - windowed + windowed * inside),
+        "router": float(layers * 2 * hidden * config["num_local_experts"]),
+        "routed experts": float(layers * config["num_experts_per_tok"] * 3 * 2 * hidden * inner),
+        "head": float(2 * hidden * config["vocab_size"]),
+    }
+
+
+def deepseek_v3_forward_flops(config: Mapping[str, Any], *, seq_len: int) -> dict[str, float]:
+    """Forward FLOPs a token of DeepSeek-V3, by part. Layers that predict further tokens are not among them."""
+    hidden, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
+    rope, nope, value = config["qk_rope_head_dim"], config["qk_nope_head_dim"], config["v_head_dim"]
+    q_latent, kv_latent = config.get("q_lora_rank"), config["kv_lora_rank"]
+    wide = heads * (nope + rope)
+    queries = q_latent * (hidden + wide) if q_latent else hidden * wide
+    projections = queries + hidden * (kv_latent + rope) + kv_latent * heads * (nope + value) + heads * value * hidden
+    dense = min(layers, config.get("first_k_dense_replace") or 0)
+    sparse, expert = layers - dense, 3 * 2 * hidden * config["moe_intermediate_size"]
+    return {
+        "attention projections": float(layers * 2 * projections),
+        "attention": layers * 2 * heads * (nope + rope + value) * seq_len / 2,
+        "router": float(sparse * 2 * hidden * config["n_routed_experts"]),
+        "routed experts": float(sparse * config["num_experts_per_tok"] * expert),
+        "shared expert": float(sparse * config["n_shared_experts"] * expert),
+        "dense MLP": float(dense * 3 * 2 * hidden * config["intermediate_size"]),
+        "head": float(2 * hidden * config["vocab_size"]),
+    }
 
 
 def nemotron_h_forward_flops(config: Mapping[str, Any], *, seq_len: int) -> dict[str, float]:
@@ -75,6 +114,14 @@ def nemotron_h_forward_flops(config: Mapping[str, Any], *, seq_len: int) -> dict
         "dense MLP": float(dense * 2 * 2 * hidden * config["intermediate_size"]),
         "head": float(2 * hidden * config["vocab_size"]),
     }
+
+
+_FORWARD = {
+    **dict.fromkeys(("qwen3_moe", "qwen3", "llama", "mistral", "qwen2"), _llama_forward_flops),
+    "nemotron_h": nemotron_h_forward_flops,
+    "gpt_oss": gpt_oss_forward_flops,
+    "deepseek_v3": deepseek_v3_forward_flops,
+}
 
 
 def peak_flops(device_name: str) -> float | None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moe_recipes.config.checks import EXPERT_COUNT_KEYS
 from moe_recipes.config.errors import RecipeError
+from moe_recipes.families import EXPERT_COUNT_KEYS
 
 LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
 NARROW = {
@@ -32,7 +32,11 @@ NARROW = {
     "n_groups": 2,
     "ssm_state_size": 16,
     "chunk_size": 16,
+    "linear_num_heads": 4,
+    "linear_head_dim": 16,
     "vocab_size": 512,
+    "vocab_size_per_layer_input": 512,
+    "hidden_size_per_layer_input": 16,
     "n_group": 1,
     "topk_group": 1,
 }
@@ -42,8 +46,8 @@ NARROW = {
 def few_layers(config: Mapping[str, Any]) -> dict[str, Any]:
     """Overrides that keep the first layer of each kind, and two layers where all are alike.
 
-    Kinds are told apart by lists with one entry a layer, by Nemotron-H's letters, and by the keys that say which
-    layers have experts.
+    Kinds are told apart by lists with one entry a layer, by Nemotron-H's letters, by ``per_layer_config``, and by the
+    keys that say which layers have experts.
 
     Raises:
         RecipeError: the config does not say how many layers there are.
@@ -59,7 +63,8 @@ def few_layers(config: Mapping[str, Any]) -> dict[str, Any]:
     number = inner[counts[0]] if counts else len(next(iter(lists.values())))
     lists = {key: value for key, value in lists.items() if len(value) == number}
     dense = [_is_dense(inner, layer) for layer in range(number)]
-    kinds = list(zip(dense, *lists.values(), strict=True))
+    own = {int(layer): keys for layer, keys in (inner.get("per_layer_config") or {}).items()}
+    kinds = list(zip(dense, *lists.values(), [own.get(layer) for layer in range(number)], strict=True))
     kept = sorted({kinds.index(kind) for kind in kinds})
     if len(kept) == 1 and number > 1:
         kept = [0, 1]
@@ -67,6 +72,8 @@ def few_layers(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in lists.items():
         chosen = [value[layer] for layer in kept]
         changed[key] = "".join(chosen) if isinstance(value, str) else chosen
+    if own:
+        changed["per_layer_config"] = {str(new): own[layer] for new, layer in enumerate(kept) if layer in own}
     if isinstance(inner.get("first_k_dense_replace"), int):
         changed["first_k_dense_replace"] = sum(layer < inner["first_k_dense_replace"] for layer in kept)
     if "mlp_only_layers" in inner:

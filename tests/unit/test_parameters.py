@@ -12,7 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe_recipes.config.errors import RecipeError
 from moe_recipes.config.model_config import PACKAGED, PACKAGED_NAMES, hybrid_layers
+from moe_recipes.families import CORRECTION_BIAS, PUBLISHED, family_of
 from moe_recipes.plan.parameters import ParameterCount, count_parameters
+from tests.tiny_models import mtp_tensors, tiny_config
 
 NAMES = sorted(folder.name for folder in PACKAGED.iterdir() if (folder / "config.json").is_file())
 
@@ -40,7 +42,9 @@ def test_packaged_configs_count_as_transformers_builds_them(name: str) -> None:
     config = packaged(name)
     found = count(config)
     assert (found.total, found.routed) == counted_by_transformers(config)
-    per_token, experts = config["num_experts_per_tok"], config.get("num_experts") or config["n_routed_experts"]
+    family = family_of(config)
+    assert family is not None
+    per_token, experts = config["num_experts_per_tok"], config[family.experts.count_key]
     assert found.active == found.total - found.routed + found.routed * per_token // experts
 
 
@@ -70,6 +74,62 @@ def test_the_published_sizes() -> None:
     assert billions["nemotron_3_nano_30b"] == ["31.58", "29.37", "3.58"]
     assert billions["qwen3_30b_a3b"] == ["30.53", "28.99", "3.35"]
     assert set(PACKAGED_NAMES.values()) <= set(NAMES)
+    for model in PUBLISHED.values():
+        found = counts[model.packaged]
+        rounded = [round(n / 1e9, 2) for n in (found.total, found.active, found.routed, found.mtp)]
+        assert rounded == [model.total, model.active, model.routed, model.mtp], model.name
+
+
+def test_counts_agree_to_the_last_parameter_with_what_the_hub_publishes() -> None:
+    """The hub's own numbers: parameters by dtype of a repository, and ``total_size`` of an index.
+
+    GPT-OSS's are parameters in all files, and of them those in 4 bits. Ultra's index also holds the layers that predict
+    further tokens, and 49 correction biases in float32; all else is bfloat16.
+    """
+    assert (count(packaged("gpt_oss_20b")).total, count(packaged("gpt_oss_120b")).total) == (
+        1_804_459_584 + 19_110_297_600,
+        2_167_371_072 + 114_661_785_600,
+    )
+    ultra = packaged("nemotron_3_ultra_550b")
+    biases = (hybrid_layers(ultra) or []).count("moe") + 1
+    assert 2 * count(ultra).trained + 4 * biases * ultra["n_routed_experts"] == 1_121_049_257_984
+    assert 2 * count(packaged("qwen3_30b_a3b")).total == 61_064_245_248
+    for model in PUBLISHED.values():
+        if model.file_bytes is not None:
+            assert model.file_bytes == pytest.approx(2 * count(packaged(model.packaged)).trained, rel=1e-6)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "nemotron_h"])
+def test_layers_that_predict_further_tokens_are_counted(family: str) -> None:
+    """Against the tensors of a checkpoint, made by the published names and shapes."""
+    config = tiny_config(f"{family}_mtp").to_dict()
+    tensors = mtp_tensors(f"{family}_mtp")
+    assert count(config).mtp == sum(t.numel() for n, t in tensors.items() if not n.endswith(CORRECTION_BIAS))
+    assert count(tiny_config(family).to_dict()).mtp == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"q_lora_rank": None},
+        {"attention_bias": True},
+        {"tie_word_embeddings": True},
+        {"first_k_dense_replace": 3},
+        {"first_k_dense_replace": 0, "n_shared_experts": 2, "n_routed_experts": 16, "v_head_dim": 8},
+    ],
+)
+def test_every_part_of_deepseek_v3_is_counted(changes: dict[str, Any]) -> None:
+    config = {**packaged("tiny_deepseek_v3"), **changes}
+    assert (count(config).total, count(config).routed) == counted_by_transformers(config)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"attention_bias": False}, {"tie_word_embeddings": True}, {"num_local_experts": 4, "head_dim": 8}],
+)
+def test_every_part_of_gpt_oss_is_counted(changes: dict[str, Any]) -> None:
+    config = {**packaged("tiny_gpt_oss"), **changes}
+    assert (count(config).total, count(config).routed) == counted_by_transformers(config)
 
 
 def test_layer_kinds_are_read_in_every_spelling() -> None:

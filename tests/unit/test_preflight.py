@@ -23,6 +23,7 @@ from moe_recipes.config.run_folder import write_json
 from moe_recipes.launch.preflight import container, disk, gpus, inputs, limits
 from moe_recipes.launch.preflight.clock import clock_server
 from moe_recipes.launch.preflight.probe import Probe, ProbeFunction, passed, probe_from_dict, probe_to_dict, run_probes
+from moe_recipes.plan.states import STATE_BYTES
 from moe_recipes.train.optim import build_optimizer, optimizer_entries, prepare_state
 from tests.unit.preflight_cases import make_recipe
 
@@ -206,12 +207,12 @@ def test_bytes_a_parameter_are_those_of_the_real_optimizer(name: str, dtype: tor
     prepare_state(optimizer, step=1)
     state = optimizer_entries(model, optimizer, rank=0).values()
     stored = sum(entry.tensor.numel() * entry.tensor.element_size() for entry in state)
-    expected = disk.STATE_BYTES[(name, str(dtype).removeprefix("torch."))]
+    expected = STATE_BYTES[(name, str(dtype).removeprefix("torch."))]
     assert stored / model.weight.numel() + dtype.itemsize == pytest.approx(expected, rel=1e-3)
 
 
 def test_bytes_of_every_optimizer_are_known() -> None:
-    names = {name for name, _ in disk.STATE_BYTES}
+    names = {name for name, _ in STATE_BYTES}
     assert names | {"auto"} == {*typing.get_args(typing.get_type_hints(Optim)["name"])}
 
 

@@ -200,7 +200,7 @@ def test_recipe_from_dict_is_as_strict_and_changes_nothing(tmp_path: Path) -> No
 
 
 def test_config_launch_plan_and_pictures_import_without_torch() -> None:
-    rooms = [ROOT / "moe_recipes" / room for room in ("config", "launch", "plan")]
+    rooms = [ROOT / "moe_recipes" / room for room in ("families", "config", "launch", "plan")]
     files = [path for room in rooms for path in sorted(room.rglob("*.py")) if path.stem != "__init__"]
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files]
     code = f"""

@@ -21,7 +21,7 @@ from moe_recipes.config.resolve import load_recipe
 from moe_recipes.config.run_folder import RunFolder, prepare_run
 from moe_recipes.launch.cli import main
 from moe_recipes.launch.slurm.commands import JobFacts, clean_environment, hostnames, slurm_said
-from moe_recipes.launch.slurm.inside import allocation, fit_cpus
+from moe_recipes.launch.slurm.inside import _options, all_cpus, allocation, fit_cpus
 from moe_recipes.launch.slurm.job import BACKSTOP_S, EXPORTED, make_spec
 from moe_recipes.launch.slurm.spec import JobSpec, read_spec, write_spec
 from moe_recipes.launch.slurm.srun import srun_command, srun_environment
@@ -29,14 +29,17 @@ from moe_recipes.launch.slurm.submit import submit_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).with_name("golden")
-SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
+SERVING = [ROOT / "slurm" / "eval.sh", ROOT / "slurm" / "serve.sh"]
+"""These start other programs than this package's, whole in themselves."""
+
+SCRIPTS = sorted(set((ROOT / "slurm").glob("*.sh")) - set(SERVING))
 INSIDE = ROOT / "moe_recipes" / "launch" / "slurm" / "inside.sh"
-RECIPES = {
-    "nemotron_nano_30b": "nemotron_nano_30b",
-    "qwen3_30b": "qwen3_30b",
-    "tiny": "tiny_slurm",
-    "ultra_550b": "nemotron_ultra_550b",
-}
+SAME_NAME = (
+    "deepseek_v3_671b", "gpt_oss_120b", "gpt_oss_20b", "nemotron_nano_30b", "nemotron_super_120b", "qwen3_235b",
+    "qwen3_30b",
+)  # fmt: skip
+RECIPES = {**{name: name for name in SAME_NAME}, "tiny": "tiny_slurm", "ultra_550b": "nemotron_ultra_550b"}
+BENCHES = {f"bench_{name}": f"{name}_8gpu" for name in ("nemotron_nano_30b", "qwen3_30b")}
 SITE = """\
 name: golden
 slurm:
@@ -100,9 +103,9 @@ def refused(code: int, words: list[str], capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_every_script_is_short_valid_and_ends_in_one_call_into_the_package() -> None:
-    assert [path.stem for path in SCRIPTS] == sorted([*RECIPES, "preflight", "export"])
+    assert [path.stem for path in SCRIPTS] == sorted([*RECIPES, *BENCHES, "preflight", "export"])
     shellcheck = shutil.which("shellcheck")
-    for path in [*SCRIPTS, INSIDE]:
+    for path in [*SCRIPTS, *SERVING, INSIDE]:
         assert os.access(path, os.X_OK), path
         assert subprocess.run(["bash", "-n", path], capture_output=True).returncode == 0, path
         assert max(map(len, path.read_text().splitlines())) <= 120, path
@@ -130,11 +133,32 @@ def test_scripts_ask_for_the_ranks_of_their_recipe() -> None:
     assert directives(ROOT / "slurm" / "ultra_550b.sh")["nodes"] == "16"
 
 
+def test_scripts_of_recipes_differ_in_names_nodes_and_time_alone() -> None:
+    """One golden text: what a script of a recipe says, with its own name, recipe, title and allocation taken out."""
+    texts = set()
+    for name, recipe in RECIPES.items():
+        lines = (ROOT / "slurm" / f"{name}.sh").read_text().splitlines()
+        assert lines[1].endswith((" of 8 H100.", "shows in minutes that a cluster works.")), name
+        assert f"#SBATCH --job-name={name}" in lines
+        own = ("#SBATCH --nodes=", "#SBATCH --ntasks", "#SBATCH --gpus", "#SBATCH --exclusive", "#SBATCH --time=")
+        rest = [line for line in [lines[0], *lines[2:]] if not line.startswith(own)]
+        text = "\n".join(rest).replace(f"slurm/{name}.sh", "slurm/NAME.sh").replace(f"={name}", "=NAME")
+        text = text.replace(f"recipes/{recipe}.yaml", "recipes/RECIPE.yaml").replace(
+            f"launch {recipe}", "launch RECIPE"
+        )
+        texts.add(re.sub(r" {2,}", "  ", text) + "\n")
+    golden = GOLDEN / "script.txt"
+    if os.environ.get("MOE_WRITE_GOLDEN"):
+        golden.write_text("".join(sorted(texts)))
+    assert texts == {golden.read_text()}
+
+
 def test_scripts_hold_no_facts_of_a_site_and_agree_with_launch() -> None:
     for path in SCRIPTS:
         asked = directives(path)
         assert not {"partition", "account", "qos", "reservation", "chdir"} & set(asked), path
-        assert asked["gpus-per-node"] == asked["ntasks-per-node"], path
+        tasks = "1" if path.stem in BENCHES else asked["gpus-per-node"]  # a benchmark starts the ranks of its arms
+        assert asked["ntasks-per-node"] == tasks, path
         assert asked["export"].split(",") == list(EXPORTED), path
         assert asked["signal"] == f"B:USR2@{BACKSTOP_S}", path
         assert asked["open-mode"] == "append", path
@@ -312,7 +336,7 @@ def test_a_spec_reads_back(site: Path, tmp_path: Path) -> None:
     assert read_spec(path) == spec
     assert path.stat().st_mode & 0o777 == 0o600
     assert spec.read_recipe().train.steps == 3
-    path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 0'))
+    path.write_text(path.read_text().replace('"schema_version": 2', '"schema_version": 0'))
     with pytest.raises(Exception, match="made by another version"):
         read_spec(path)
 
@@ -383,3 +407,83 @@ def test_an_export_is_the_runs_own_recipe_in_its_own_folder(site: Path, tmp_path
     prepare_run(load_recipe("tiny_slurm", ["run_dir=/elsewhere/run"]), folder)
     spec = spec_of(site, str(folder.path), work="export")
     assert (spec.work, spec.run_dir, spec.num_ranks) == ("export", str(folder.path), 4)
+
+
+def test_a_benchmark_is_one_task_with_the_gpus_and_cpus_of_its_node(site: Path) -> None:
+    words = ("--gates", "real", "--set", "parallel.fsdp_size=4", "--set=parallel.ep_size=4")
+    options = _options(["--work", "bench", "--cluster", str(site), "qwen3_30b_8gpu", *words])
+    assert (options.recipe, tuple(options.bench_words)) == ("qwen3_30b_8gpu", words)
+    cluster = all_cpus(load_cluster(site), {"SLURM_JOB_CPUS_PER_NODE": "96"})
+    given = {"work": "bench", "shakedown": "off", "bench_words": words, "num_nodes": 1, "tasks_per_node": 1}
+    spec = make_spec(options.recipe, options.overrides, cluster, **given)
+    assert (spec.num_ranks, spec.gpus_per_node, spec.run_dir) == (1, 4, "/shared/runs/bench_qwen3_30b_8gpu")
+    command = srun_command(spec, facts(nodes=("node3",)), attempt=Path("/shared/runs/x/attempts/1"))
+    assert {"--ntasks=1", "--gres=gpu:h100:4", "--cpus-per-task=96"} <= set(command)
+    assert srun_environment(spec, facts(nodes=("node3",)), {})["OMP_NUM_THREADS"] == "24"
+    path = site.with_name("spec.json")
+    write_spec(path, spec)
+    assert read_spec(path) == spec
+
+
+def test_benchmarks_that_cannot_run_are_refused(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench = {"work": "bench", "num_nodes": 1, "tasks_per_node": 1}
+    with pytest.raises(RecipeError, match="one task on one node, but the job has 2 nodes x 8 tasks"):
+        spec_of(site, "qwen3_30b_8gpu", **{**bench, "num_nodes": 2, "tasks_per_node": 8})
+    with pytest.raises(RecipeError, match=r"the recipe has 16 ranks, but cluster 'golden' has slurm\.gpus_per_node: 8"):
+        spec_of(site, "qwen3_30b_8gpu", "parallel.fsdp_size=16", **bench)
+    words = ["launch", "tiny_slurm", "--work", "bench", "--dry-run", "--cluster", str(site)]
+    assert "a benchmark is submitted as a script: sbatch slurm/bench_qwen3_30b.sh" in refused(64, words, capsys)
+
+
+def test_benchmark_scripts_measure_the_article_and_the_real_router() -> None:
+    for name, recipe in BENCHES.items():
+        path = ROOT / "slurm" / f"{name}.sh"
+        assert path.read_text().endswith(
+            f'  recipes/{recipe}.yaml --arms ours,transformers,automodel --gates balanced,real --batches 1,4 "$@"\n'
+        )
+        loaded = load_recipe(str(ROOT / "recipes" / f"{recipe}.yaml"))
+        asked = directives(path)
+        assert int(asked["gpus-per-node"]) == loaded.parallel.num_ranks == loaded.parallel.ep_size == 8
+        assert (loaded.data.seq_len, loaded.data.format, loaded.model.weights) == (4096, "random_tokens", "random")
+
+
+def test_the_serving_scripts_hold_no_facts_of_a_site_and_no_keys() -> None:
+    for path in SERVING:
+        asked = directives(path)
+        assert not {"partition", "account", "qos", "reservation", "chdir", "requeue"} & set(asked), path
+        passed = asked["export"].split(",")
+        assert passed[:6] == list(EXPORTED)[:6]
+        assert {"MOE_SERVE_IMAGE", "MOE_SERVE_PYTHON", "HF_HOME"} <= set(passed)
+        assert asked["signal"] == f"B:TERM@{BACKSTOP_S}"
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "code", "said"),
+    [
+        ("serve", [], 64, "serve needs the folder of a run or of a checkpoint"),
+        ("serve", ["{run}", "engine=tgi"], 64, "engine=tgi must be vllm or sglang"),
+        ("serve", ["{run}", "nodes=2"], 64, "'nodes=2' must be engine=, gpus=, port=, wait_s= or mounts="),
+        ("serve", ["{run}", "port=http"], 64, "port=http and wait_s=3600 must be numbers"),
+        ("serve", ["{run}/nowhere"], 66, "no config.json, so no checkpoint; write one with slurm/export.sh"),
+        ("eval", ["{run}"], 64, "eval needs tasks: tasks=mmlu,gsm8k"),
+        ("eval", ["{run}", "num_fewshot=8"], 64, "lm-eval's own come after --"),
+        ("eval", ["{run}/nowhere", "tasks=gsm8k"], 66, "no tokenizer_config.json, which lm-eval needs"),
+        ("eval", ["{run}", "tasks=gsm8k"], 78, "has no lm-eval; set MOE_EVAL_PYTHON"),
+    ],
+)
+def test_the_serving_scripts_refuse_in_one_line(
+    tmp_path: Path, script: str, words: list[str], code: int, said: str
+) -> None:
+    export = tmp_path / "run" / "export"
+    export.mkdir(parents=True)
+    for name in ("config.json", "tokenizer_config.json"):
+        (export / name).write_text("{}")
+    environ = {"PATH": os.environ["PATH"], "SLURM_SUBMIT_DIR": str(ROOT), "MOE_EVAL_PYTHON": "/bin/false"}
+    command = ["bash", ROOT / "slurm" / f"{script}.sh", *(word.format(run=tmp_path / "run") for word in words)]
+    outside = subprocess.run(command, env=environ, capture_output=True, text=True)
+    assert (outside.returncode, outside.stderr.count("\n")) == (64, 1)
+    assert f"submit the script: sbatch slurm/{script}.sh" in outside.stderr
+    done = subprocess.run(command, env=environ | {"SLURM_JOB_ID": "7"}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (code, "", 1), done.stderr
+    assert done.stderr.startswith("moe-recipes: error: ")
+    assert said in done.stderr

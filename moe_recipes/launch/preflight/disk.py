@@ -16,6 +16,7 @@ from moe_recipes.config.recipe import Recipe
 from moe_recipes.config.run_folder import RunFolder
 from moe_recipes.launch.preflight.probe import Probe, at_least, failed, not_available, passed
 from moe_recipes.plan.parameters import count_parameters
+from moe_recipes.plan.states import checkpoint_bytes, export_bytes
 
 TEST_BYTES = 64 * 2**20
 WAIT_FOR_PEER_S = 50.0
@@ -23,17 +24,6 @@ WAIT_FOR_PEER_S = 50.0
 
 FILES_A_RANK = 4
 """Files that one rank writes into a checkpoint, at most: its shard, its records, and their temporaries."""
-
-STATE_BYTES: Mapping[tuple[str, str], float] = {
-    ("adamw", "float32"): 12.0,
-    ("adamw", "bfloat16"): 6.0,
-    ("lean_adamw", "bfloat16"): 6.0625,
-    ("flash_adamw", "bfloat16"): 6.125,
-}
-"""Bytes a parameter that a checkpoint holds, by optimizer and dtype: the weight (4 or 2), AdamW's two moments in the
-weight's dtype; the others: 2 for the rest of the float32 master and two 8-bit moments with a scale for a block."""
-
-WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def checkpoint_folder(run_dir: Path) -> Path:
@@ -103,11 +93,10 @@ def needed_bytes(recipe: Recipe, config: Mapping[str, Any]) -> int | None:
     """Bytes of (``keep_last`` + 1) checkpoints and of the export if there is to be one; None where the family's
     parameters, or the optimizer's bytes, are not counted."""
     count = count_parameters(config)
-    state = STATE_BYTES.get((recipe.optim.name, recipe.model.dtype))
-    if count is None or state is None:
+    one = checkpoint_bytes(count, recipe) if count is not None else None
+    if count is None or one is None:
         return None
-    export = WEIGHT_BYTES[recipe.model.dtype] if recipe.checkpoint.export else 0
-    return int(count.total * ((recipe.checkpoint.keep_last + 1) * state + export))
+    return (recipe.checkpoint.keep_last + 1) * one + (export_bytes(count, recipe) if recipe.checkpoint.export else 0)
 
 
 def space_probe(folder: Path, recipe: Recipe) -> Probe:

@@ -1,6 +1,7 @@
 """What the scripts in slurm/ call: build the job from the allocation's own facts and become the submitit job.
 
-``moe_recipes/launch/slurm/inside.sh [--work WORK] --cluster FILE RECIPE [KEY=VALUE | --set KEY=VALUE ...]``
+``moe_recipes/launch/slurm/inside.sh [--work WORK] --cluster FILE RECIPE [KEY=VALUE | --set KEY=VALUE ...]``, or with
+``--work bench`` what `moe-recipes bench` takes after the recipe.
 """
 
 from __future__ import annotations
@@ -84,6 +85,12 @@ def _options(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("recipe")
     parser.add_argument("--cluster", required=True)
     parser.add_argument("--work", choices=WORKS, default="train")
+    if words[:2] == ["--work", "bench"]:
+        parser.add_argument("bench_words", nargs=argparse.REMAINDER)
+        options = parser.parse_args(words)
+        options.overrides = overrides_among(options.bench_words)
+        return options
+    parser.set_defaults(bench_words=[])
     add_overrides(parser)
     spelled: list[str] = []
     for word in words:
@@ -105,13 +112,21 @@ def _spec(options: argparse.Namespace, cluster: Cluster, job: JobFacts) -> JobSp
     return make_spec(
         options.recipe,
         options.overrides,
-        fit_cpus(cluster, os.environ, tasks_per_node),
+        all_cpus(cluster, os.environ) if options.work == "bench" else fit_cpus(cluster, os.environ, tasks_per_node),
         work=work_of(os.environ, default=options.work),
         shakedown=shakedown_mode(os.environ),
         num_nodes=num_nodes,
         tasks_per_node=tasks_per_node,
         time_limit_s=NO_LIMIT_S if job.time_limit_s is None else job.time_limit_s,
+        bench_words=options.bench_words,
     )
+
+
+def overrides_among(words: Sequence[str]) -> list[str]:
+    """The recipe's own changes among a benchmark's words, from which its number of ranks follows."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_overrides(parser)
+    return list(parser.parse_known_args(words)[0].overrides)
 
 
 def allocation(environ: Mapping[str, str]) -> tuple[int, int]:
@@ -136,6 +151,12 @@ def fit_cpus(cluster: Cluster, environ: Mapping[str, str], tasks_per_node: int) 
     cpus = min(_per_node(environ.get("SLURM_JOB_CPUS_PER_NODE", "")), default=0) // tasks_per_node
     if cpus == 0 or cpus >= cluster.slurm.cpus_per_task:
         return cluster
+    return replace(cluster, slurm=replace(cluster.slurm, cpus_per_task=cpus))
+
+
+def all_cpus(cluster: Cluster, environ: Mapping[str, str]) -> Cluster:
+    """The cluster with all CPUs of the allocation for a task: a benchmark's only one starts every rank."""
+    cpus = min(_per_node(environ.get("SLURM_JOB_CPUS_PER_NODE", "")), default=cluster.slurm.cpus_per_task)
     return replace(cluster, slurm=replace(cluster.slurm, cpus_per_task=cpus))
 
 

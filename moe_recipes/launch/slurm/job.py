@@ -52,6 +52,7 @@ def make_spec(
     num_nodes: int | None = None,
     tasks_per_node: int | None = None,
     time_limit_s: int | None = None,
+    bench_words: Sequence[str] = (),
 ) -> JobSpec:
     """The spec of a recipe on a cluster, checked as far as a host without the model and without torch can.
 
@@ -68,10 +69,15 @@ def make_spec(
     if shakedown != "off":
         narrow = shakedown == "narrow"
         recipe = shakedown_recipe(recipe, narrow=narrow, num_ranks=ranks if narrow else None)
-    if recipe.run_dir is None:
+    if work == "bench":
+        recipe = replace(recipe, run_dir=str(Path(cluster.paths.runs) / f"bench_{recipe.name}"))
+    elif recipe.run_dir is None:
         recipe = replace(recipe, run_dir=str(Path(cluster.paths.runs) / recipe.name))
     recipe = replace(recipe, run_dir=os.path.abspath(CODE_DIR / str(recipe.run_dir)))
-    num_nodes, tasks_per_node = _layout(recipe, cluster, num_nodes, tasks_per_node, must_match=work != "preflight")
+    if work == "bench":
+        num_nodes, tasks_per_node = _one_task(recipe, cluster, num_nodes, tasks_per_node)
+    else:
+        num_nodes, tasks_per_node = _layout(recipe, cluster, num_nodes, tasks_per_node, must_match=work != "preflight")
     return JobSpec(
         work=work,
         recipe=recipe_to_dict(recipe),
@@ -84,6 +90,7 @@ def make_spec(
         shakedown=shakedown != "off",
         code_dir=str(CODE_DIR),
         time_limit_s=cluster.time_limit_s if time_limit_s is None else time_limit_s,
+        bench_words=tuple(bench_words),
     )
 
 
@@ -92,6 +99,22 @@ def _read_recipe(recipe_file: str, overrides: Sequence[str], work: Work) -> Reci
         return load_recipe(recipe_file, overrides)
     folder = RunFolder(os.path.abspath(recipe_file))
     return replace(folder.read_recipe(tuple(overrides)), run_dir=str(folder.path))
+
+
+def _one_task(recipe: Recipe, cluster: Cluster, num_nodes: int | None, tasks_per_node: int | None) -> tuple[int, int]:
+    """One node with one task, which starts the ranks of each arm itself."""
+    if (num_nodes, tasks_per_node) not in ((1, 1), (None, None)):
+        raise RecipeError(
+            f"a benchmark is one task on one node, but the job has {num_nodes} nodes x {tasks_per_node} tasks; give"
+            " sbatch --nodes=1 --ntasks-per-node=1"
+        )
+    ranks, gpus = recipe.parallel.num_ranks, cluster.slurm.gpus_per_node
+    if gpus and ranks > gpus:
+        raise RecipeError(
+            f"the recipe has {ranks} ranks, but cluster {cluster.name!r} has slurm.gpus_per_node: {gpus}; a benchmark"
+            " runs on one node: --set another layout"
+        )
+    return 1, 1
 
 
 def _layout(

@@ -17,8 +17,8 @@ from moe_recipes.config.recipe import Recipe
 from moe_recipes.config.resolve import recipe_from_dict
 from moe_recipes.config.run_folder import RunFolder
 
-SPEC_SCHEMA_VERSION = 1
-Work = Literal["train", "export", "preflight", "probe"]
+SPEC_SCHEMA_VERSION = 2
+Work = Literal["train", "export", "preflight", "probe", "bench"]
 WORKS: tuple[Work, ...] = get_args(Work)
 
 
@@ -45,10 +45,17 @@ class JobSpec:
     """Root of the repository, absolute."""
 
     time_limit_s: int
+    bench_words: tuple[str, ...] = ()
+    """What follows the recipe in the command of a benchmark."""
 
     @property
     def num_ranks(self) -> int:
         return self.num_nodes * self.tasks_per_node
+
+    @property
+    def gpus_per_node(self) -> int:
+        """GPUs that a node's tasks use: one each, but a benchmark's only task starts the ranks of its arms itself."""
+        return self.read_recipe().parallel.num_ranks if self.work == "bench" else self.tasks_per_node
 
     @property
     def folder(self) -> RunFolder:
@@ -108,5 +115,6 @@ def read_spec(path: str | Path) -> JobSpec:
         raise CorruptCheckpointError(f"{path}: made by another version of moe-recipes; submit the job again")
     fields = dict(plain)
     fields["cluster"] = cluster_from_dict(fields["cluster"], source=str(path))
-    fields["overrides"] = tuple(fields["overrides"])
+    for name in ("overrides", "bench_words"):
+        fields[name] = tuple(fields[name])
     return JobSpec(**fields)

@@ -72,7 +72,7 @@ def _gpu_flags(spec: JobSpec) -> list[str]:
     if slurm.gpus_per_node == 0:
         return []
     kind = f"{slurm.gpu_type}:" if slurm.gpu_type else ""
-    return [f"--gres=gpu:{kind}{spec.tasks_per_node}"]
+    return [f"--gres=gpu:{kind}{spec.gpus_per_node}"]
 
 
 def srun_environment(spec: JobSpec, job: JobFacts, environ: Mapping[str, str]) -> dict[str, str]:
@@ -91,7 +91,7 @@ def task_environment(spec: JobSpec, job: JobFacts) -> dict[str, str]:
         raise InfrastructureError(f"job {job.job_id} is {job.state} and has no nodes")
     cluster = spec.cluster
     defaults = {
-        "OMP_NUM_THREADS": str(cluster.slurm.cpus_per_task),
+        "OMP_NUM_THREADS": str(max(1, cluster.slurm.cpus_per_task * spec.tasks_per_node // spec.gpus_per_node)),
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",

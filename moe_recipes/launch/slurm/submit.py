@@ -93,12 +93,14 @@ def _spec(options: argparse.Namespace) -> JobSpec:
         raise RecipeError(f"--dependency={options.dependency!r}: write it as sbatch does, for example afterok:1234")
     if options.nodes is not None and options.nodes < 1:
         raise RecipeError(f"--nodes={options.nodes} must be at least 1")
-    mode = shakedown_mode(os.environ)
+    mode, work = shakedown_mode(os.environ), options.work or work_of(os.environ)
+    if work == "bench":
+        raise RecipeError("a benchmark is submitted as a script: sbatch slurm/bench_qwen3_30b.sh")
     return make_spec(
         options.recipe,
         options.overrides,
         cluster,
-        work=options.work or work_of(os.environ),
+        work=work,
         shakedown="full" if options.shakedown and mode == "off" else mode,
         num_nodes=options.nodes,
     )

@@ -40,7 +40,7 @@ from moe_recipes.launch.slurm.timing import Times, check_walltime, estimated_tim
 from moe_recipes.launch.slurm.watch import Signals, Watch, start_srun
 from moe_recipes.launch.words import ERROR_PREFIX, LINE_PREFIX
 
-ASKS_ONCE = ("preflight", "probe")
+ASKS_ONCE = ("preflight", "probe", "bench")
 """Works whose answer is what somebody waits for: a bad one is not tried again."""
 
 

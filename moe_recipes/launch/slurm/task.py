@@ -112,6 +112,9 @@ def _child_command(spec: JobSpec, attempt: Path, rank: int) -> list[str]:
     if spec.work == "preflight":
         return [sys.executable, "-m", "moe_recipes.launch.preflight.task", str(attempt)]
     recipe, folder = spec.read_recipe(), spec.folder
+    if spec.work == "bench":
+        out = [] if "--out" in spec.bench_words else ["--out", str(folder.path / "bench.json")]
+        return [sys.executable, "-m", "moe_recipes.bench", spec.recipe_file, *out, *spec.bench_words]
     if spec.work == "export":
         return rank_command("moe_recipes.train.export_run", folder, recipe, cpu=False)
     prepare_rank(recipe, folder, rank)

@@ -84,7 +84,7 @@ def estimated_times(recipe: Recipe, limits: Limits, num_nodes: int) -> Times:
         return Times()
     exact = recipe.model.dtype == "float32"
     bytes_per_s = 1e9 * (limits.checkpoint_gb_per_s or DEFAULT_GB_PER_S) * num_nodes
-    read_s, save_s = (count.total * size / bytes_per_s for size in ((4, 12) if exact else (2, 8)))
+    read_s, save_s = (count.trained * size / bytes_per_s for size in ((4, 12) if exact else (2, 8)))
     return Times(startup_s=DEFAULT_STARTUP_S + read_s, save_s=5.0 + save_s)
 
 

@@ -1,0 +1,22 @@
+#!/bin/bash
+# Qwen3-235B-A22B, full fine-tune on 8 nodes of 8 H100.
+#   sbatch slurm/qwen3_235b.sh                                  or: moe-recipes launch qwen3_235b
+#   sbatch slurm/qwen3_235b.sh train.steps=100 optim.lr=2e-5    keys of the recipe, replaced
+#   MOE_SHAKEDOWN=1 sbatch slurm/qwen3_235b.sh                  the same nodes with few layers, in minutes
+# Partition, account, image and mounts are facts of the site: $MOE_CLUSTER or clusters/local.yaml (docs/slurm.md).
+#SBATCH --job-name=qwen3_235b
+#SBATCH --nodes=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --time=2-00:00:00
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR2@120
+#SBATCH --export=PATH,LD_LIBRARY_PATH,HOME,USER,LOGNAME,LANG,MOE_CLUSTER,MOE_SHAKEDOWN,MOE_WORK,MOE_PYTHON
+
+# sbatch runs a copy of this file, so the repository is the folder from which it was submitted.
+inside=${SLURM_SUBMIT_DIR:=$PWD}/moe_recipes/launch/slurm/inside.sh
+[[ -x $inside ]] || { echo "moe-recipes: error: $SLURM_SUBMIT_DIR is no clone of moe-recipes" >&2; exit 66; }
+exec "$inside" --cluster "${MOE_CLUSTER:-$SLURM_SUBMIT_DIR/clusters/local.yaml}" \
+  recipes/qwen3_235b.yaml "$@"
