@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,18 +12,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+import transformers
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.distributed import DistributedConfig
 
 from moe_recipes.config.checks import check_model_config
-from moe_recipes.config.errors import CorruptCheckpointError, MissingInputError, RecipeError, first_line
+from moe_recipes.config.errors import MissingInputError, RecipeError, first_line
 from moe_recipes.config.model_config import find_model_config, read_model_config
 from moe_recipes.config.recipe import Recipe
 from moe_recipes.models.auto import AutoModelForCausalLM
-from moe_recipes.models.export_convert import gather_objects
-from moe_recipes.models.export_folder import source_keys
-from moe_recipes.models.mtp import mtp_attached, mtp_of
+from moe_recipes.models.load import load_weights
+from moe_recipes.models.load_files import open_weights
+from moe_recipes.models.load_plan import SeveralAtOnceError
+from moe_recipes.models.load_stored import Quantization
+from moe_recipes.models.load_whole import from_pretrained_whole
+from moe_recipes.models.mtp import mtp_attached
+
+logger = logging.getLogger("moe_recipes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,53 +69,31 @@ def read_source(recipe: Recipe) -> Source:
     check_model_config(recipe, config)
     folder = find_model_config(recipe.model)[0].parent
     if recipe.model.weights == "pretrained":
-        check_weight_files(folder)
+        open_weights(folder).check_present()
     changed = bool(recipe.model.config_overrides)
     return Source(
         folder=folder, config=config, config_json=(json.dumps(config, indent=2) + "\n").encode() if changed else raw
     )
 
 
-def check_weight_files(folder: Path) -> None:
-    """Refuse a model folder with a missing, empty or truncated safetensors file, by name.
-
-    Raises:
-        MissingInputError: no weights, or a file of the index is not there.
-        CorruptCheckpointError: a file or the index is damaged.
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            files = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CorruptCheckpointError(f"{index}: not a safetensors index ({error}); fetch the file again") from error
-    else:
-        files = ["model.safetensors"]
-    for name in files:
-        path = folder / name
-        if Path(name).name != name:
-            raise CorruptCheckpointError(
-                f"{index}: file name {name!r} leaves the model folder; do not trust this model"
-            )
-        if not path.is_file():
-            raise MissingInputError(f"{path}: not there ({len(files)} weight files expected); fetch the model again")
-        try:
-            with safe_open(path, "pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise CorruptCheckpointError(
-                f"{path}: cut short or not safetensors ({error}); fetch the file again"
-            ) from error
-
-
 def load_config(source: Source, folder: Path) -> PreTrainedConfig:
     """The config object of a possibly overridden config.json, through a file, so that Transformers reads it as usual.
 
     ``folder`` is private to this rank and may be removed afterwards.
+
+    Raises:
+        RecipeError: a family that Transformers does not know. Code that comes with a model is never run.
     """
+    family = source.config.get("model_type")
+    if family not in CONFIG_MAPPING:
+        code = ", and the code that the model brings along (auto_map) is not run" if "auto_map" in source.config else ""
+        raise RecipeError(
+            f"{source.folder / 'config.json'}: model_type {family!r} is not in Transformers"
+            f" {transformers.__version__}{code}; take a model of a known family, or a newer Transformers"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_bytes(source.config_json)
-    return AutoConfig.from_pretrained(folder)
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def layout(recipe: Recipe) -> DistributedConfig:
@@ -133,6 +124,9 @@ def build_model(recipe: Recipe, source: Source, *, scratch: Path, meta: bool = F
             f"parallel.ep_size={recipe.parallel.ep_size}: {config.model_type!r} has no expert-parallel plan in"
             f" Transformers; set parallel.ep_size=1"
         )
+    quantization = quantization_of(recipe, source.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     options: dict[str, Any] = {
         "dtype": getattr(torch, recipe.model.dtype),
         "attn_implementation": recipe.model.attn_implementation,
@@ -140,93 +134,66 @@ def build_model(recipe: Recipe, source: Source, *, scratch: Path, meta: bool = F
     }
     if recipe.kernels.experts != "moe_recipes":
         options["experts_implementation"] = recipe.kernels.experts
-    names = source_keys(source.folder) if recipe.model.weights == "pretrained" else None
+    names = open_weights(source.folder).weight_map if recipe.model.weights == "pretrained" else None
+
+    def fill(model: PreTrainedModel, device: torch.device) -> None:
+        load_weights(model, source.folder, device=device, quantization=quantization)
+
     try:
         with mtp_attached(source.config, names):
             if meta:
                 return AutoModelForCausalLM.on_meta(config, **options)
             if recipe.model.weights == "random":
                 return AutoModelForCausalLM.from_config(config, seed=recipe.train.seed, **options)
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            options["config"] = _dequantised(recipe, config)
-            model = _load_weights(source.folder, num_ranks=recipe.parallel.num_ranks, **options)
+            try:
+                return AutoModelForCausalLM.filled(config, fill, **options)
+            except SeveralAtOnceError as error:
+                return _load_by_transformers(recipe, source, config, error, quantization=quantization, **options)
     except (ValueError, ImportError) as error:
         raise _refused_choice(recipe, error) or error from None
-    return model if recipe.parallel.num_ranks > 1 else model.to(device)
 
 
-def _dequantised(recipe: Recipe, config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config with which quantised weights load as ``model.dtype``; codes are no weights that a step could move.
+def quantization_of(recipe: Recipe, config: Mapping[str, Any]) -> Quantization | None:
+    """How the recipe's pretrained weights are quantised; a step moves values, and not the codes that the files hold.
 
+    Args:
+        config: config.json.
     Raises:
-        RecipeError: such weights do not load exactly. Transformers shards FP8 scales apart from their codes, so that
-            blocks that a shard's border cuts get the scale of another block, without an error.
+        RecipeError: codes that are not known.
     """
-    quantization = getattr(config, "quantization_config", None)
-    if not quantization:
-        return config
-    method, num_ranks = quantization.get("quant_method"), recipe.parallel.num_ranks
-    if method not in ("fp8", "mxfp4") or (method == "fp8" and num_ranks > 1):
+    found = config.get("quantization_config")
+    if not found or recipe.model.weights == "random":
+        return None
+    method, block = found.get("quant_method"), found.get("weight_block_size") or (128, 128)
+    if method not in ("fp8", "mxfp4") or len(block) != 2 or not all(isinstance(n, int) and n > 0 for n in block):
         raise RecipeError(
-            f"model.source={recipe.model.source!r} is quantised ({method}), which does not load exactly on {num_ranks}"
-            f" ranks; save it as bfloat16 from one process (dequantize=True) and name that folder"
+            f"model.source={recipe.model.source!r} is quantised ({method}); fp8 in blocks and mxfp4 can be trained"
+            " from: save it as bfloat16 and name that folder"
         )
-    config.quantization_config = {**quantization, "dequantize": True}
-    return config
+    return Quantization(method=method, block=(block[0], block[1]))
 
 
-def _load_weights(folder: Path, *, num_ranks: int, **options: Any) -> PreTrainedModel:
-    """``from_pretrained``, but a weight that the folder lacks is an error: Transformers warns, and draws it at random.
+def _load_by_transformers(
+    recipe: Recipe,
+    source: Source,
+    config: PreTrainedConfig,
+    reason: Exception,
+    *,
+    quantization: Quantization | None,
+    **options: Any,
+) -> PreTrainedModel:
+    """Transformers' own loader, for the families whose tensors are made of several at once: one log line says so.
 
     Raises:
-        CorruptCheckpointError: the same on all ranks, though a rank that does not hold an expert may miss nothing.
+        RecipeError: the source is quantised.
+        CorruptCheckpointError: the folder lacks weights of the model.
     """
-    model, problem = None, None
-    try:
-        # Other shapes pass here, to be named below: the error of Transformers does not say which tensor it means.
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
-        problem = _weights_problem(info) or _copies_problem(folder, model)
-    except RuntimeError as error:
-        if "conversion of the weights" not in str(error):
-            raise
-        problem = "experts of one layer that do not fit together (the log names them)"
-    problems = [found for found in gather_objects(problem, num_ranks) if found]
-    if problems:
-        raise CorruptCheckpointError(
-            f"{folder}: {problems[0]}; fetch the model again, or the config.json that belongs to its weights"
-        )
-    return model
-
-
-def _copies_problem(folder: Path, model: PreTrainedModel) -> str | None:
-    """What speaks against taking the tensors that multi-token prediction repeats from the model, which drops what the
-    files say. Reads a few rows at both ends of each."""
-    mtp = mtp_of(model)
-    for copied, own in (mtp.copies if mtp is not None else {}).items():
-        if any(not torch.equal(*pair) for pair in zip(_edges(folder, copied), _edges(folder, own), strict=True)):
-            return f"{copied} is not the same as {own}, which multi-token prediction shares"
-    return None
-
-
-def _edges(folder: Path, name: str, *, rows: int = 8) -> list[torch.Tensor]:
-    index = folder / "model.safetensors.index.json"
-    file = json.loads(index.read_bytes())["weight_map"][name] if index.is_file() else "model.safetensors"
-    with safe_open(folder / file, "pt") as opened:
-        part = opened.get_slice(name)
-        return [part[:rows], part[max(0, part.get_shape()[0] - rows) :]]
-
-
-def _weights_problem(info: Mapping[str, Any]) -> str | None:
-    """What the loading report has against the weights, in a few words; tensors that the model lacks are no problem."""
-    if info["mismatched_keys"]:
-        names = sorted(str(key[0]) for key in info["mismatched_keys"])  # the shapes beside them are those of shards
-        return f"{names[0]} has another shape than in the model ({len(names)} such tensors)"
-    if info["missing_keys"]:
-        names = sorted(info["missing_keys"])
-        return f"no weights for {names[0]} ({len(names)} tensors of the model are missing)"
-    return None
+    if quantization is not None:
+        raise RecipeError(f"model.source={recipe.model.source!r} is quantised ({quantization.method}), and {reason}")
+    logger.warning("weights: read by Transformers, without a bound on host memory; %s", reason)
+    model = from_pretrained_whole(source.folder, config=config, num_ranks=recipe.parallel.num_ranks, **options)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model if recipe.parallel.num_ranks > 1 else model.to(device)
 
 
 def _refused_choice(recipe: Recipe, error: Exception) -> RecipeError | None:
@@ -250,12 +217,13 @@ def load_tokenizer(recipe: Recipe, source: Source) -> PreTrainedTokenizerBase | 
 
     Raises:
         MissingInputError: no tokenizer there.
+        RecipeError: it has tokens for which the model has no row of the embedding.
     """
     if recipe.data.format == "random_tokens":
         return None
     place = recipe.model.tokenizer or str(source.folder)
     try:
-        return AutoTokenizer.from_pretrained(place, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         if Path(place).is_dir():
             reason = first_line(error)
@@ -267,6 +235,13 @@ def load_tokenizer(recipe: Recipe, source: Source) -> PreTrainedTokenizerBase | 
             f"model.tokenizer: no folder {place!r}, and the local Hugging Face cache has no such tokenizer;"
             f" name a folder, or fetch it first with: hf download {place}"
         ) from error
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= source.vocab_size:
+        raise RecipeError(
+            f"model.tokenizer: token {largest} of {place!r} is beyond the embedding of model.source, which has"
+            f" {source.vocab_size} rows (vocab_size); name the tokenizer of this model"
+        )
+    return tokenizer
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase | None) -> str:

@@ -32,12 +32,12 @@ from moe_recipes.config.errors import EXIT_OK, MoeRecipesError, NotFiniteError
 from moe_recipes.config.recipe import Recipe
 from moe_recipes.config.resolve import recipe_from_dict
 from moe_recipes.config.run_folder import write_json
-from moe_recipes.models.build import build_model, read_source
+from moe_recipes.models.build import build_model, quantization_of, read_source
 from moe_recipes.models.float32_kept import kept_parameters
 from moe_recipes.prove.ownership import Held, describe_placement, holders, ownership_problems
 from moe_recipes.prove.rehearse_report import report_lines
 from moe_recipes.prove.report import say_error
-from moe_recipes.prove.slices import Reads, read_index
+from moe_recipes.prove.slices import Reads, describe_known, known_weights
 from moe_recipes.runtime.sharding import local_rows, local_tensor
 from moe_recipes.train.optim import build_optimizer, prepare_state
 
@@ -115,7 +115,8 @@ def rehearse(recipe: Recipe, ranks: list[int], folder: Path) -> Rehearsal:
     reads, owners = None, _Owners(num_ranks=parallel.num_ranks, replicas=parallel.dp_replicate_size)
     shutil.rmtree(folder / "reads", ignore_errors=True)
     (folder / "reads").mkdir(parents=True)
-    index, left = read_index(source.folder), list(ranks)
+    files, left = known_weights(source.folder), list(ranks)
+    quantization = quantization_of(recipe, source.config)
     while left:
         rank, began = left.pop(0), time.monotonic()
         with fake_ranks(rank, parallel.num_ranks), tempfile.TemporaryDirectory() as scratch:
@@ -125,8 +126,8 @@ def rehearse(recipe: Recipe, ranks: list[int], folder: Path) -> Rehearsal:
                 found.num_parameters = sum(parameter.numel() for parameter in model.parameters())
                 copies = kept_parameters(model)
                 found.parameters = [_described(name, one, copies) for name, one in model.named_parameters()]
-                reads = Reads(model, index, num_ranks=parallel.num_ranks)
-                found.source, found.source_keys_left_out = index.known, reads.left_out()
+                reads = Reads(model, files, num_ranks=parallel.num_ranks, quantization=quantization)
+                found.source, found.source_keys_left_out = describe_known(files), reads.left_out()
                 found.problems += reads.problems()
             owners.add(model, rank)
             record = _bytes_of(model, recipe, rank=rank)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from moe_recipes.models.export_convert import Converter
-from moe_recipes.models.export_plan import INDEX_NAME, PlannedTensor, plan_tensors, saved_tensors
+from moe_recipes.config.errors import MissingInputError, RecipeError
+from moe_recipes.models.export_plan import saved_tensors
+from moe_recipes.models.load_files import WeightFiles, open_weights
+from moe_recipes.models.load_plan import Load, plan_loads
+from moe_recipes.models.load_stored import Quantization, Stored, stored_rows, stored_shapes
 from moe_recipes.prove.ownership import Held, holders
-from moe_recipes.runtime.safetensors_file import Place, read_layout
+from moe_recipes.runtime.safetensors_file import Place
+
+_CODES = {"fp8": (torch.float8_e4m3fn, torch.float32), "mxfp4": (torch.uint8, torch.uint8)}
+"""Dtypes of codes and scales whose file is not here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,97 +43,96 @@ class Slice:
         return {name: getattr(self, name) for name in ("key", "rows", "shape", "num_bytes", "file", "offset")}
 
 
-@dataclass(frozen=True, kw_only=True)
-class SourceIndex:
-    """What is known of a source's weight files: nothing, their index, or also their headers."""
+def known_weights(folder: Path) -> WeightFiles:
+    """What is known of a source's weight files: nothing, their index, or also the headers of those that are here.
 
-    weight_map: Mapping[str, str]
-    """Key -> file; empty where there is no index."""
-
-    places: Mapping[str, Place]
-    """Keys of the files that are here."""
-
-    @property
-    def known(self) -> str:
-        if not self.weight_map:
-            return "no index here: from the key layout of the family"
-        return f"index of {len(self.weight_map):,} keys, {len(self.places):,} of them in files that are here"
+    Raises:
+        CorruptCheckpointError: the index or a file that is here is damaged.
+    """
+    try:
+        return open_weights(folder)
+    except (MissingInputError, RecipeError):
+        return WeightFiles(folder, {})
 
 
-def read_index(folder: Path) -> SourceIndex:
-    """The index of a model folder, and the headers of those of its files that are there."""
-    index, single = folder / INDEX_NAME, folder / "model.safetensors"
-    weight_map: dict[str, str] = {}
-    if index.is_file():
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-    elif single.is_file():
-        weight_map = dict.fromkeys(read_layout(single).places, single.name)
-    places: dict[str, Place] = {}
-    for name in sorted({*weight_map.values()}):
-        if Path(name).name == name and (folder / name).is_file():
-            places.update(read_layout(folder / name).places)
-    return SourceIndex(weight_map=weight_map, places=places)
+def describe_known(files: WeightFiles) -> str:
+    """One line on what is known."""
+    if not files.weight_map:
+        return "no index here: from the key layout of the family"
+    here = sum(files.is_here(name) for name in files.weight_map.values())
+    return f"index of {len(files.weight_map):,} keys, {here:,} of them in files that are here"
 
 
 class Reads:
     """What each rank reads of a model's source. Made once; the planned tensors are the same on every rank."""
 
-    def __init__(self, model: PreTrainedModel, index: SourceIndex, *, num_ranks: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, files: WeightFiles, *, num_ranks: int, quantization: Quantization | None = None
+    ) -> None:
         state = saved_tensors(model)
-        self.planned = plan_tensors(state, Converter(model), model)
+        self.plan = plan_loads(model, files, quantization)
+        self.files = files
+        self.block = (quantization or Quantization(method="fp8")).block
         self.held: dict[str, dict[int, Held]] = {}
-        for planned in self.planned:
-            spread = holders(state[planned.name], num_ranks=num_ranks) if planned.how != "gather" else []
-            self.held[planned.name] = {held.rank: held for held in spread}
-        self.index = index
+        for load in self.plan.loads:
+            tensor = state[load.same_as or load.planned.name]
+            spread = [] if load.is_mixed else holders(tensor, num_ranks=num_ranks)
+            self.held[load.planned.name] = {held.rank: held for held in spread}
 
     def problems(self) -> list[str]:
         """Keys that the source lacks, or has in another shape; empty where no index is known."""
-        found = []
-        for key, (_, shape) in self._disk() if self.index.weight_map else ():
-            place = self.index.places.get(key)
-            if key not in self.index.weight_map:
-                found.append(f"{key}: no file of the source holds it")
-            elif place is not None and place.shape != shape:
-                found.append(f"{key}: {list(place.shape)} in the source, {list(shape)} in the model")
+        found = [f"{key}: no file of the source holds it" for key in self.plan.missing]
+        for load in self.plan.loads if self.files.weight_map else ():
+            for wanted, stored in load.stored.items():
+                for key, shape, place in self._parts(load, wanted, stored) if stored is not None else ():
+                    if place is not None and place.shape != shape:
+                        found.append(f"{key}: {list(place.shape)} in the source, {list(shape)} in the model")
         return found
 
     def left_out(self) -> list[str]:
         """Keys of the source that no rank reads."""
-        return sorted(self.index.weight_map.keys() - {key for key, _ in self._disk()})
-
-    def _disk(self) -> Iterator[tuple[str, tuple[torch.dtype, tuple[int, ...]]]]:
-        for planned in self.planned:
-            yield from planned.disk.items()
+        return self.plan.left_out
 
     def of_rank(self, rank: int) -> Iterator[Slice]:
         """The slices of one rank, in the order of the model's tensors."""
-        for planned in self.planned:
-            if planned.how == "gather":  # a conversion that mixes rows needs the whole tensor
-                yield from (self._slice(planned, key, None) for key in planned.disk)
+        for load in self.plan.loads:
+            held = self.held[load.planned.name].get(rank)
+            if not load.is_mixed and (held is None or not held.count):
                 continue
-            held = self.held[planned.name].get(rank)
-            if held is None or not held.count:
-                continue
-            if planned.how == "rows":
-                yield from (self._slice(planned, key, held) for key in planned.disk)
-                continue
-            for expert in range(held.start, held.end):
-                yield from (self._slice(planned, key, None) for key in planned.keys_of_expert(expert))
+            rows = (held.start, held.end) if held is not None else (0, 0)
+            wanted = {stored: key for key, stored in load.stored.items()}
+            for stored, start, end, _, _ in load.of_rows(*rows):
+                shape = load.planned.disk[wanted[stored]][1]
+                spans = stored_rows(stored, shape, start, end, self.block[0])
+                parts = self._parts(load, wanted[stored], stored)
+                for number, (span, (key, known, place)) in enumerate(zip(spans, parts, strict=True)):
+                    dtype = load.planned.disk[wanted[stored]][0]
+                    if stored.kind != "plain":
+                        dtype = _CODES[stored.kind][number]
+                    yield self._slice(key, span, known, dtype, place)
 
-    def _slice(self, planned: PlannedTensor, key: str, held: Held | None) -> Slice:
-        dtype, shape = planned.disk[key]
-        place = self.index.places.get(key)
+    def _parts(self, load: Load, wanted: str, stored: Stored) -> list[tuple[str, tuple[int, ...], Place | None]]:
+        """Each stored key with the shape that it should have, and its place if its file is here."""
+        shapes = stored_shapes(stored, load.planned.disk[wanted][1], self.block)
+        files = [self.files.weight_map.get(key) for key in stored.keys]
+        places = [
+            self.files.layout(name).places.get(key) if name is not None and self.files.is_here(name) else None
+            for key, name in zip(stored.keys, files, strict=True)
+        ]
+        return list(zip(stored.keys, shapes, places, strict=True))
+
+    def _slice(
+        self, key: str, span: tuple[int, int], shape: tuple[int, ...], dtype: torch.dtype, place: Place | None
+    ) -> Slice:
         if place is not None:
             dtype, shape = place.dtype, place.shape
-        rows = shape[0] if shape else 1
-        start, end = (0, rows) if held is None else (held.start, held.end)
+        start, end = span
         row_bytes = math.prod(shape[1:]) * dtype.itemsize
         return Slice(
             key=key,
             rows=(start, end),
             shape=shape,
             num_bytes=(end - start) * row_bytes,
-            file=self.index.weight_map.get(key),
+            file=self.files.weight_map.get(key),
             offset=None if place is None else place.offset + start * row_bytes,
         )

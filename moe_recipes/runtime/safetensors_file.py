@@ -18,11 +18,7 @@ from typing import Any
 
 import torch
 
-CHUNK_BYTES = 64 * 2**20
-"""Host memory that writing or reading one tensor needs beyond the tensor itself."""
-
-MAX_HEADER_BYTES = 100_000_000
-"""The limit of the safetensors library."""
+from moe_recipes.runtime.safetensors_header import CHUNK_BYTES, MAX_HEADER_BYTES, read_at, read_header
 
 DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float64: "F64",
@@ -185,22 +181,12 @@ def read_layout(file: int | str | os.PathLike[str]) -> FileLayout:
             return read_layout(fd)
         finally:
             os.close(fd)
-    file_bytes = os.fstat(file).st_size
-    length_bytes = os.pread(file, 8, 0)
-    length = int.from_bytes(length_bytes, "little")
-    if len(length_bytes) < 8 or length > min(MAX_HEADER_BYTES, file_bytes - 8):
-        raise ValueError(f"no safetensors header in the {file_bytes} bytes of the file")
-    text = bytearray(length)
-    if read_at(file, memoryview(text), 8) < length:
-        raise ValueError("the safetensors header is cut short")
-    try:
-        places = _parse_places(json.loads(bytes(text)), base=8 + length)
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"the safetensors header is damaged ({type(error).__name__}: {error})") from error
-    end = max((place.offset + place.num_bytes for place in places.values()), default=8 + length)
-    if end != file_bytes:
-        raise ValueError(f"the file has {file_bytes} bytes, its header says {end}")
-    return FileLayout(header=length_bytes + bytes(text), places=places, total_bytes=end)
+    header = read_header(file)
+    places = {
+        name: Place(dtype=DTYPES[span.dtype], shape=span.shape, offset=span.offset)
+        for name, span in header.spans.items()
+    }
+    return FileLayout(header=header.raw, places=places, total_bytes=header.total_bytes)
 
 
 def read_rows(file: int, layout: FileLayout, name: str, first_row: int, out: torch.Tensor) -> int:
@@ -231,32 +217,11 @@ def read_rows(file: int, layout: FileLayout, name: str, first_row: int, out: tor
     return crc
 
 
-def checksum(file: int, place: Place) -> int:
-    """The CRC-32 of one tensor's bytes on disk, read in chunks; a file that ends early gives another value."""
-    buffer = memoryview(bytearray(min(CHUNK_BYTES, place.num_bytes)))
-    crc = 0
-    for start in range(0, place.num_bytes, CHUNK_BYTES):
-        part = buffer[: min(CHUNK_BYTES, place.num_bytes - start)]
-        crc = zlib.crc32(part[: read_at(file, part, place.offset + start)], crc)
-    return crc
-
-
 def write_at(fd: int, raw: memoryview, offset: int) -> None:
     """``os.pwrite`` until every byte is written: a single call stops at 2 GiB, or where a signal interrupts it."""
     while raw:
         written = os.pwrite(fd, raw, offset)
         raw, offset = raw[written:], offset + written
-
-
-def read_at(fd: int, raw: memoryview, offset: int) -> int:
-    """``os.preadv`` until ``raw`` is full or the file ends; returns the bytes read."""
-    done = 0
-    while done < len(raw):
-        count = os.preadv(fd, [raw[done:]], offset + done)
-        if count == 0:
-            break
-        done += count
-    return done
 
 
 def _check_rows(place: Place, name: str, first_row: int, tensor: torch.Tensor) -> None:
@@ -290,17 +255,3 @@ def _host_bytes(chunk: torch.Tensor) -> memoryview:
 def _host_empty(like: torch.Tensor) -> torch.Tensor:
     """A contiguous host tensor; pinned for CUDA, where copies are several times faster (torch caches the buffer)."""
     return torch.empty(like.shape, dtype=like.dtype, pin_memory=like.device.type == "cuda")
-
-
-def _parse_places(header: Any, *, base: int) -> dict[str, Place]:
-    header.pop("__metadata__", None)
-    places, expected = {}, 0
-    for name, spec in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        start, end = spec["data_offsets"]
-        place = Place(dtype=DTYPES[spec["dtype"]], shape=tuple(spec["shape"]), offset=base + start)
-        if not all(isinstance(size, int) and size >= 0 for size in place.shape):
-            raise ValueError(f"tensor {name!r} has the shape {list(place.shape)}")
-        if start != expected or end - start != place.num_bytes:
-            raise ValueError(f"tensor {name!r} does not lie where its shape and its neighbours say")
-        places[name], expected = place, end
-    return places

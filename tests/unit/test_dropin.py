@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import FineGrainedFP8Config
 
 from moe_recipes import AutoModelForCausalLM
 from moe_recipes.models.auto import _finish, enable_activation_checkpointing
+from moe_recipes.models.load_warnings import warn_of_code
 from tests.tiny_models import save_tiny_model, tiny_config
 
 IDS = torch.arange(48).mul(37).remainder(256).view(2, 24)
@@ -326,3 +327,38 @@ def test_importing_the_package_imports_no_torch() -> None:
         "else:\n    raise SystemExit('no error')\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({}, ""),
+        ({"use_safetensors": False}, "its weights are pickled"),
+        ({"trust_remote_code": True}, ""),
+    ],
+)
+def test_pickled_weights_load_as_in_transformers_with_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, options: dict[str, bool], told: str
+) -> None:
+    save_tiny_model("llama_tied", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    with caplog.at_level("WARNING", "moe_recipes"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, **options)
+        assert torch.equal(model.lm_head.weight, tensors["model.embed_tokens.weight"])
+        assert [told in line for line in caplog.messages] == [True] * bool(told)
+        (tmp_path / "model.safetensors").unlink()
+        caplog.clear()
+        AutoModelForCausalLM.from_pretrained(tmp_path, **options)
+    assert len(caplog.messages) == 1
+    assert "its weights are pickled, which can run any code when they are read" in caplog.text
+
+
+@pytest.mark.parametrize(("revision", "warnings"), [(None, 1), ("main", 1), ("0123456789abcdef" * 2 + "01234567", 0)])
+def test_code_of_an_open_revision_is_warned_of(
+    caplog: pytest.LogCaptureFixture, revision: str | None, warnings: int
+) -> None:
+    with caplog.at_level("WARNING", "moe_recipes"):
+        warn_of_code("someone/something", {"trust_remote_code": True, "revision": revision})
+    assert len(caplog.messages) == warnings
+    assert all("pin revision to a commit of 40 hex digits" in line for line in caplog.messages)
