@@ -11,6 +11,9 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 
+from moe_recipes.config.errors import NotFiniteError
+from moe_recipes.runtime.safetensors_file import CHUNK_BYTES
+
 Templates = tuple[tuple[str, str], ...]
 """What stands before and after the expert's number in each disk key of one expert."""
 
@@ -52,6 +55,32 @@ def converted_experts(
     for index in range(len(local)):
         for before, after in templates:
             yield f"{before}{first_expert + index}{after}", converted.pop(f"{before}{index}{after}")
+
+
+def written_pieces(key: str, tensor: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
+    """Runs of rows of at most ``CHUNK_BYTES``, or of one row, each with its first row, in the dtype on disk.
+
+    Another dtype costs a copy of one run at a time, on the tensor's device.
+
+    Raises:
+        NotFiniteError: a number is too large for the dtype.
+    """
+    if tensor.ndim == 0:
+        yield 0, _written_as(key, tensor, dtype)
+        return
+    row_bytes = max(1, tensor.element_size() * tensor.shape[1:].numel())
+    size = max(1, CHUNK_BYTES // row_bytes)
+    for start in range(0, len(tensor), size):
+        yield start, _written_as(key, tensor[start : start + size], dtype)
+
+
+def _written_as(key: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if tensor.dtype == dtype:
+        return tensor
+    narrow = tensor.to(dtype)
+    if dtype == torch.float16 and bool((narrow.isinf() & ~tensor.isinf()).any()):
+        raise NotFiniteError(f"{key}: a weight is beyond 65504, the largest of float16, in which the source has it")
+    return narrow
 
 
 def gathered(name: str, tensor: torch.Tensor, convert: Converter, *, rank: int) -> dict[str, torch.Tensor]:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from moe_recipes.config.errors import CannotWriteError, CorruptCheckpointError, MissingInputError, RecipeError
+from moe_recipes.config.errors import CannotWriteError, MissingInputError, RecipeError
 from moe_recipes.models.export_plan import INDEX_NAME, ExportPlan
+from moe_recipes.models.export_record import RECORD_NAME, write_failure
 from moe_recipes.runtime.files import sync_folder, write_durably
-from moe_recipes.runtime.safetensors_file import read_layout
 
-RECORD_NAME = "EXPORT.json"
 QUANTIZATION_KEY = "quantization_config"
 TOKENIZER_PATTERNS = (
     "tokenizer*",
@@ -97,22 +92,8 @@ def copy_companions(source_dir: Path | None, tokenizer_dir: Path | None, out_dir
     for name, path in sorted(chosen.items()):
         (out_dir / name).parent.mkdir(exist_ok=True)
         write_durably(out_dir / name, path.read_bytes())
+        sync_folder((out_dir / name).parent)
     return sorted(chosen)
-
-
-def source_keys(source_dir: Path) -> set[str]:
-    """Names of all tensors in a Hugging Face folder, from its index or its only file; empty if it has neither.
-
-    Raises:
-        CorruptCheckpointError: the index or the file cannot be read.
-    """
-    index, single = source_dir / INDEX_NAME, source_dir / "model.safetensors"
-    try:
-        if index.is_file():
-            return set(json.loads(index.read_bytes())["weight_map"])
-        return set(read_layout(single).places) if single.is_file() else set()
-    except (ValueError, KeyError) as error:
-        raise CorruptCheckpointError(f"{index if index.is_file() else single}: {error}; fetch it again") from error
 
 
 def write_index(plan: ExportPlan, out_dir: Path) -> None:
@@ -120,31 +101,19 @@ def write_index(plan: ExportPlan, out_dir: Path) -> None:
     write_durably(out_dir / INDEX_NAME, (json.dumps(index, indent=2, sort_keys=True) + "\n").encode())
 
 
-def file_record(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file, read back from the file system (about 1 s a GiB on one core)."""
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def package_versions(names: Iterable[str] = ("moe-recipes", "safetensors", "torch", "transformers")) -> dict[str, str]:
-    versions = {}
-    for name in names:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed as a package"
-    return versions
+def finish_replacement(out_dir: Path) -> None:
+    """Give the earlier export its name back if a replacement died between its two renames."""
+    old = old_folder(out_dir)
+    if old.exists() and not out_dir.exists():
+        os.rename(old, out_dir)
 
 
 def check_replaceable(out_dir: Path, need_bytes: int) -> None:
-    """Refuse a target that is not an earlier export, or a file system that is too small; finish an old replacement.
+    """Refuse a target that is not an earlier export, or a file system that is too small.
 
     Raises:
         CannotWriteError: see above.
     """
-    old = old_folder(out_dir)
-    if old.exists() and not out_dir.exists():
-        old.rename(out_dir)  # a replacement died between its two renames
     if out_dir.exists() and not (out_dir / RECORD_NAME).is_file() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise CannotWriteError(f"{out_dir} is there and holds no {RECORD_NAME}; choose a new folder")
     out_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -160,6 +129,20 @@ def old_folder(out_dir: Path) -> Path:
     return out_dir.with_name(out_dir.name + ".old")
 
 
+def failed_folder(out_dir: Path) -> Path:
+    return out_dir.with_name(out_dir.name + ".failed")
+
+
+def set_aside(new_dir: Path, out_dir: Path, line: str) -> Path:
+    """Move a folder that failed its certificate where nobody takes it for an export; returns its new name."""
+    failed = failed_folder(out_dir)
+    write_failure(new_dir, line)
+    shutil.rmtree(failed, ignore_errors=True)
+    os.rename(new_dir, failed)
+    sync_folder(out_dir.parent)
+    return failed
+
+
 def replace_folder(new_dir: Path, out_dir: Path) -> None:
     """Put a complete folder in place of an earlier one, which is removed last."""
     old = old_folder(out_dir)
@@ -167,6 +150,10 @@ def replace_folder(new_dir: Path, out_dir: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     if out_dir.exists():
         os.rename(out_dir, old)
-    os.rename(new_dir, out_dir)
+    try:
+        os.rename(new_dir, out_dir)
+    except OSError:
+        finish_replacement(out_dir)
+        raise
     sync_folder(out_dir.parent)
     shutil.rmtree(old, ignore_errors=True)

@@ -33,6 +33,7 @@ from moe_recipes.runtime.sharding import Rows, local_rows
 
 METADATA = {"format": "pt"}
 INDEX_NAME = "model.safetensors.index.json"
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 Spec = tuple[torch.dtype, tuple[int, ...]]
 
 
@@ -109,6 +110,16 @@ def saved_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     tensors = {name: state[name] for name in kept}
     mtp = mtp_of(model)
     return tensors | {name: tensors[source] for name, source in (mtp.copies if mtp is not None else {}).items()}
+
+
+def with_dtypes(tensors: list[PlannedTensor], dtypes: Mapping[str, torch.dtype]) -> list[PlannedTensor]:
+    """The same plan with these dtypes on disk, by disk key; only between floating-point types that hold weights."""
+
+    def chosen(key: str, spec: Spec) -> Spec:
+        new = dtypes.get(key, spec[0])
+        return (new if new in WEIGHT_DTYPES and spec[0] in WEIGHT_DTYPES else spec[0]), spec[1]
+
+    return [replace(t, disk={key: chosen(key, spec) for key, spec in t.disk.items()}) for t in tensors]
 
 
 def _meta(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -246,16 +257,23 @@ def _cut(tensors: Mapping[str, Spec], max_file_bytes: int) -> Iterator[dict[str,
 
 
 def plan_export(
-    model: PreTrainedModel, *, rank: int, num_ranks: int, max_file_bytes: int
+    model: PreTrainedModel,
+    *,
+    rank: int,
+    num_ranks: int,
+    max_file_bytes: int,
+    dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> tuple[ExportPlan, dict[str, torch.Tensor], Converter]:
     """The plan, the saved tensors and the converter. Every rank calls it; one small exchange of expert ranges.
 
+    Args:
+        dtypes: by disk key, where others than the model's are to be written.
     Raises:
         RecipeError: see ``saved_tensors`` and ``plan_tensors``.
     """
     state = saved_tensors(model)
     convert = Converter(model)
-    tensors = plan_tensors(state, convert, model)
+    tensors = with_dtypes(plan_tensors(state, convert, model), dtypes or {})
     mine = {t.name: local_rows(state[t.name], rank=rank) for t in tensors if t.how == "experts"}
     owners: dict[str, list[tuple[int, Rows]]] = {name: [] for name in mine}
     for holder, held in enumerate(gather_objects(mine, num_ranks)):

@@ -5,35 +5,72 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
-from moe_recipes.models.export_convert import Converter, converted_experts, gather_objects, gathered
-from moe_recipes.models.export_plan import INDEX_NAME, PlannedTensor, plan_tensors, saved_tensors, spec_bytes
-from moe_recipes.runtime.safetensors_file import CHUNK_BYTES, FileLayout, read_layout, read_rows
+from moe_recipes.models.export_checksums import ExpertChecksums, Parts, equal_experts, equal_layers, merge_parts
+from moe_recipes.models.export_convert import (
+    Converter,
+    converted_experts,
+    gather_objects,
+    gathered,
+    written_pieces,
+)
+from moe_recipes.models.export_plan import (
+    INDEX_NAME,
+    PlannedTensor,
+    Spec,
+    plan_tensors,
+    saved_tensors,
+    spec_bytes,
+    with_dtypes,
+)
+from moe_recipes.runtime.safetensors_file import FileLayout, read_layout, read_rows
 from moe_recipes.runtime.sharding import local_rows, local_tensor
 
-Checksums = tuple[tuple[str, int], ...]
-ExpertChecksums = dict[str, dict[int, list[tuple[str, int]]]]
-"""Experts module -> expert -> (its tensor, CRC-32 of the bytes read)."""
+
+@dataclass(frozen=True, kw_only=True)
+class Verified:
+    """What reading a folder back found. The same on every rank."""
+
+    problems: list[str]
+    equal: list[str]
+    """Experts and layers that are equal, though every byte is right."""
+
+    checksums: dict[str, int]
+    """CRC-32 of the bytes of each tensor on disk; complete where there are no problems."""
+
+    num_experts: int
+    """Routed experts of all layers, every one compared with every other."""
 
 
-def verify_export(out_dir: Path, model: PreTrainedModel, *, rank: int, num_ranks: int) -> list[str]:
+def verify_export(
+    out_dir: Path,
+    model: PreTrainedModel,
+    *,
+    rank: int,
+    num_ranks: int,
+    dtypes: Mapping[str, torch.dtype] | None = None,
+) -> list[str]:
     """Problems of an exported folder, the same list on every rank; empty means good. Every rank calls it.
 
     Index, files, keys, shapes and dtypes must be those of the model. Every rank reads the rows and experts that it
-    holds and compares all bytes. No two experts of a layer may be equal.
+    holds and compares all bytes. No two experts may be equal, in one layer or in two, and no two layers.
 
+    Args:
+        dtypes: by disk key, where others than the model's were to be written.
     Raises:
         RecipeError: the model cannot be exported at all.
     """
     state = saved_tensors(model)
     convert = Converter(model)
-    planned = plan_tensors(state, convert, model)
-    return check_folder(out_dir, planned, state, convert, rank=rank, num_ranks=num_ranks)
+    planned = with_dtypes(plan_tensors(state, convert, model), dtypes or {})
+    found = check_folder(out_dir, planned, state, convert, rank=rank, num_ranks=num_ranks)
+    return found.problems + found.equal
 
 
 def check_folder(
@@ -44,21 +81,25 @@ def check_folder(
     *,
     rank: int,
     num_ranks: int,
-) -> list[str]:
+) -> Verified:
     """``verify_export`` for a plan that is already made."""
     layouts, file_of, problems = _check_headers(out_dir, planned)
-    if rank != 0:
-        problems = []  # every rank reads the same headers
-    checksums: ExpertChecksums = defaultdict(lambda: defaultdict(list))
+    experts: ExpertChecksums = defaultdict(lambda: defaultdict(list))
     reader = _Reader(out_dir, layouts, file_of, problems)
     try:
         for tensor in planned:
-            _check_tensor(tensor, state[tensor.name], convert, reader, checksums, rank)
+            _check_tensor(tensor, state[tensor.name], convert, reader, experts, rank)
     finally:
         reader.close()
-    everywhere = gather_objects((problems, {name: dict(experts) for name, experts in checksums.items()}), num_ranks)
-    problems = [problem for found, _ in everywhere for problem in found]
-    return problems + _equal_experts([sums for _, sums in everywhere])
+    mine = problems, reader.parts, {name: dict(sums) for name, sums in experts.items()}
+    everywhere = gather_objects(mine, num_ranks)
+    problems = list(dict.fromkeys(problem for found, _, _ in everywhere for problem in found))  # all read the headers
+    checksums, incomplete = merge_parts([parts for _, parts, _ in everywhere], planned)
+    num_experts, equal = equal_experts([sums for _, _, sums in everywhere])
+    if not problems:  # a tensor that could not be read is named already
+        problems = incomplete
+        equal += equal_layers(checksums, planned)
+    return Verified(problems=problems, equal=equal, checksums=checksums, num_experts=num_experts)
 
 
 def _check_headers(
@@ -108,24 +149,38 @@ class _Reader:
     ) -> None:
         self.out_dir, self.layouts, self.file_of, self.problems = out_dir, layouts, file_of, problems
         self.opened: dict[str, int] = {}
+        self.parts: Parts = defaultdict(list)
+        """Of the rows that this rank answers for."""
 
-    def compare(self, key: str, first_row: int, tensor: torch.Tensor) -> tuple[int, ...]:
+    def compare(self, key: str, first_row: int, tensor: torch.Tensor, spec: Spec, *, primary: bool) -> tuple[int, ...]:
         """CRC-32 of each piece read; keys that the header check refused are passed over."""
         name = self.file_of.get(key)
         if name is None:
             return ()
-        if name not in self.opened:
-            self.opened[name] = os.open(self.out_dir / name, os.O_RDONLY)
-        sums, same = [], True
-        for start, piece in _pieces(tensor):
-            host = piece.cpu().contiguous()
-            found = torch.empty_like(host)
-            sums.append(read_rows(self.opened[name], self.layouts[name], key, first_row + start, found))
-            same = same and torch.equal(_raw(found), _raw(host))
+        try:
+            sums, same = self._read(name, key, first_row, written_pieces(key, tensor, spec[0]), primary=primary)
+        except (OSError, ValueError) as error:  # kept, as the other ranks go on to the next collective
+            self.problems.append(f"{name}: {key}: cannot be read ({error})")
+            return ()
         if not same:
             rows = f"rows {first_row}..{first_row + len(tensor) - 1}" if tensor.ndim else "the value"
             self.problems.append(f"{name}: {key}: {rows} differ from the model")
         return tuple(sums)
+
+    def _read(
+        self, name: str, key: str, first_row: int, wanted: Iterable[tuple[int, torch.Tensor]], *, primary: bool
+    ) -> tuple[list[int], bool]:
+        if name not in self.opened:
+            self.opened[name] = os.open(self.out_dir / name, os.O_RDONLY)
+        sums, same = [], True
+        for start, piece in wanted:
+            host = piece.cpu().contiguous()
+            found = torch.empty_like(host)
+            sums.append(read_rows(self.opened[name], self.layouts[name], key, first_row + start, found))
+            same = same and torch.equal(_raw(found), _raw(host))
+            if primary:
+                self.parts[key].append((first_row + start, found.nbytes, sums[-1]))
+        return sums, same
 
     def close(self) -> None:
         for descriptor in self.opened.values():
@@ -135,17 +190,6 @@ class _Reader:
 def _raw(tensor: torch.Tensor) -> torch.Tensor:
     """Bytes, so that NaN equals itself and -0.0 differs from 0.0."""
     return tensor.view(-1).view(torch.uint8)
-
-
-def _pieces(tensor: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """Runs of rows of at most ``CHUNK_BYTES``, or of one row."""
-    if tensor.ndim == 0:
-        yield 0, tensor
-        return
-    row_bytes = max(1, tensor.element_size() * tensor.shape[1:].numel())
-    size = max(1, CHUNK_BYTES // row_bytes)
-    for start in range(0, len(tensor), size):
-        yield start, tensor[start : start + size]
 
 
 def _check_tensor(
@@ -158,42 +202,27 @@ def _check_tensor(
 ) -> None:
     if planned.how == "gather":
         for key, part in gathered(planned.name, tensor, convert, rank=rank).items():
-            reader.compare(key, 0, part)
+            reader.compare(key, 0, part, planned.disk[key], primary=True)
         return
     rows = local_rows(tensor, rank=rank)
     local = local_tensor(tensor).detach()
     if not rows.count:
         return
     if planned.how == "rows":
-        key = next(iter(planned.disk))
+        key, spec = next(iter(planned.disk.items()))
         module, _, attribute = planned.name.rpartition(".")
         if not module.endswith(".experts") or local.ndim < 2:
-            reader.compare(key, rows.start, local)
+            reader.compare(key, rows.start, local, spec, primary=rows.primary)
             return
         for index in range(rows.count):  # fused experts: one row an expert
-            sums = reader.compare(key, rows.start + index, local[index : index + 1])
+            row = local[index : index + 1]
+            sums = reader.compare(key, rows.start + index, row, spec, primary=rows.primary)
             if rows.primary:
                 checksums[module][rows.start + index] += [(attribute, value) for value in sums]
         return
     experts = converted_experts(planned.name, local, rows.start, convert, planned.templates)
     for number, (key, part) in enumerate(experts):
-        sums = reader.compare(key, 0, part)
+        sums = reader.compare(key, 0, part, planned.disk[key], primary=rows.primary)
         before, after = planned.templates[number % len(planned.templates)]
         if rows.primary:
             checksums[before][rows.start + number // len(planned.templates)] += [(after, value) for value in sums]
-
-
-def _equal_experts(everywhere: list[dict[str, dict[int, list[tuple[str, int]]]]]) -> list[str]:
-    merged: ExpertChecksums = defaultdict(lambda: defaultdict(list))
-    for sums in everywhere:
-        for module, experts in sums.items():
-            for expert, values in experts.items():
-                merged[module][expert] += values
-    problems = []
-    for module, experts in merged.items():
-        first: dict[Checksums, int] = {}
-        for expert in sorted(experts):
-            same = first.setdefault(tuple(sorted(experts[expert])), expert)
-            if same != expert and experts[expert]:
-                problems.append(f"{module.rstrip('.')}: experts {same} and {expert} are equal")
-    return problems

@@ -19,7 +19,9 @@ from moe_recipes.config.recipe import Recipe
 from moe_recipes.config.resolve import recipe_from_dict
 from moe_recipes.config.run_folder import RunFolder
 from moe_recipes.models.build import read_source
-from moe_recipes.models.export import export_model
+from moe_recipes.models.check_export import PROBE
+from moe_recipes.models.export import ExportReport, export_model
+from moe_recipes.models.export_reload import UNCERTIFIED, certificate
 from moe_recipes.runtime.files import replace_durably
 from moe_recipes.runtime.sharding import local_tensor, reshard
 from moe_recipes.runtime.versions import check_versions
@@ -29,8 +31,7 @@ from moe_recipes.train.resume import find_checkpoint
 from moe_recipes.train.run import WEIGHTS, Trained, make_model, model_entries, model_identity
 
 logger = logging.getLogger("moe_recipes")
-PROBE = "export_probe.safetensors"
-PROBE_TOKENS = 32
+PROMPTS, PROMPT_TOKENS = 4, 32
 
 
 def check_weights(run: Trained) -> None:
@@ -59,13 +60,13 @@ def _refuse(run: Trained, found: int, what: str) -> None:
 
 @torch.no_grad()
 def write_probe(run: Trained) -> None:
-    """Keep the trained model's own logits of a fixed row of tokens in ``RUN/export_probe.safetensors``.
+    """Keep the trained model's own logits of fixed rows of tokens in ``RUN/export_probe.safetensors``.
 
     Raises:
         NotFiniteError: on all ranks, if a logit is not finite.
     """
     run.model.eval()
-    ids = torch.arange(PROBE_TOKENS).mul(7919).remainder(run.source.vocab_size).unsqueeze(0)
+    ids = torch.arange(PROMPTS * PROMPT_TOKENS).mul(7919).remainder(run.source.vocab_size).view(PROMPTS, PROMPT_TOKENS)
     logits = run.model(input_ids=ids.to(run.world.device), use_cache=False).logits
     reshard(run.model)
     _refuse(run, int(not logits.isfinite().all()), "the trained model's logits")
@@ -74,15 +75,24 @@ def write_probe(run: Trained) -> None:
         replace_durably(run.folder.path / PROBE, to_bytes(tensors, metadata={"dtype": run.recipe.model.dtype}))
 
 
-def export_run(run: Trained) -> None:
-    """Write ``RUN/export`` and the probe of a model that has its own forward. Every rank calls it."""
+def export_run(run: Trained, *, reload: bool | None = None) -> ExportReport:
+    """Write ``RUN/export`` and the probe of a model that has its own forward. Every rank calls it.
+
+    Args:
+        reload: load the export in plain Transformers and in the serving engines that are installed before it takes its
+            place; the recipe's ``checkpoint.reload_export`` if not given.
+    Raises:
+        NotFiniteError: weights that are not finite, or an export that is not the trained model.
+        CannotWriteError, CorruptCheckpointError, RecipeError: see ``export_model``.
+    """
     recipe = run.recipe
     if run.world.is_main:
         run.folder.append_event("exporting", step=run.step)
     check_weights(run)
     write_probe(run)
     tokenizer = Path(recipe.model.tokenizer) if recipe.model.tokenizer else None
-    export_model(
+    reload = recipe.checkpoint.reload_export if reload is None else reload
+    report = export_model(
         run.model,
         run.folder.export,
         source_dir=run.source.folder,
@@ -92,9 +102,31 @@ def export_run(run: Trained) -> None:
         num_ranks=run.world.size,
         barrier=barrier,
         agree=agree,
+        like_source=recipe.model.weights == "pretrained",
+        certify=lambda export: certificate(export, run.folder.path) if reload else UNCERTIFIED,
     )
     if run.world.is_main:
+        for line in report_lines(report):
+            logger.info("%s", line)
         run.folder.append_event("export", step=run.step, path=str(run.folder.export))
+    return report
+
+
+def report_lines(report: ExportReport) -> list[str]:
+    """What an export wrote and how it was checked, for people."""
+    size = report.total_bytes / 2**30
+    lines = [f"export: {report.num_keys:,} tensors, {size:,.3f} GiB, in {report.num_files} files -> {report.out_dir}"]
+    lines.append(f"export: every byte read back; {report.num_experts:,} experts, no two of them equal")
+    changes = [f"{count} tensors {kind}" for kind, count in report.cast.items()]
+    changes += [f"{count} {kind} tensors dequantised" for kind, count in report.quantised.items()]
+    changes += [f"{len(report.source_keys_left_out)} tensors left out"] if report.source_keys_left_out else []
+    if changes:
+        lines.append(f"export: as in the source: {', '.join(changes)}")
+    engines, logits = report.certificate["engines"], report.certificate["logits"]
+    if isinstance(logits, dict):
+        logits = f"logits differ by {logits['largest_difference']:.1e} of the largest, KL {logits['mean_kl']:.1e} nats"
+    checked = [f"{name} {'agrees' if isinstance(said, dict) else said}" for name, said in engines.items()]
+    return [*lines, f"export: {'; '.join(checked)}", f"export: reloaded: {logits}"]
 
 
 def load_weights(recipe: Recipe, folder: RunFolder, world: World) -> Trained:

@@ -47,6 +47,7 @@ def write_task(folder: Path, config: PreTrainedConfig, **sections: Mapping[str, 
         "data": {"train": [str(folder / "chats.jsonl")], "seq_len": 64, "long_rows": "split"},
         "optim": {"lr": 0.01, "warmup_steps": 1},
         "train": {"steps": 8, "grad_accum_steps": 2, "activation_checkpointing": "full"},
+        "checkpoint": {"reload_export": False},
         "log": {"wandb": "off"},
     }
     for section, values in sections.items():

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import resource
+import shutil
+import signal
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from moe_recipes.config.errors import CannotWriteError, MissingInputError
+from moe_recipes.models.auto import AutoModelForCausalLM as OwnAutoModel
 from moe_recipes.models.export import ExportReport, export_model
 from moe_recipes.models.export_verify import verify_export
 from moe_recipes.runtime.sharding import local_rows, local_tensor
-from tests.ranks.launch import run_on_ranks
+from tests.ranks.launch import RanksFailedError, run_on_ranks
 from tests.tiny_models import save_tiny_model
 
 FAMILIES = ("qwen3_moe", "deepseek_v3", "nemotron_h", "gpt_oss", "llama", "llama_tied")
@@ -196,3 +202,94 @@ def check_lost_expert(root: Path, out: Path) -> None:
 
 def test_verify_names_the_expert_that_differs_on_another_rank(folders: Path, tmp_path: Path) -> None:
     run_on_ranks(check_lost_expert, 2, folders, tmp_path / "out")
+
+
+def mix_dtypes(folder: Path) -> None:
+    """Give a source other dtypes than Transformers saves: finer and coarser ones, also of single experts."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        if name.endswith(("e_score_correction_bias", "A_log")):
+            tensors[name] = tensor.bfloat16()
+        elif name.endswith(("gate.weight", "in_proj.weight", "experts.3.up_proj.weight", "norm_f.weight")):
+            tensors[name] = tensor.float()
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def check_dtypes_of_the_source(root: Path, source: Path, out: Path) -> None:
+    model = OwnAutoModel.from_pretrained(
+        source, dtype=torch.bfloat16, distributed_config=DistributedConfig(fsdp_size=4, ep_size=2)
+    )
+    report = export_on_ranks(model, source, out, max_file_bytes=30_000)
+    assert set(report.cast) == {"bfloat16 -> float32", "float32 -> bfloat16"}
+    dtypes = {key: tensor.dtype for key, tensor in load_file(source / "model.safetensors").items()}
+    assert verify_export(out, model, rank=dist.get_rank(), num_ranks=4, dtypes=dtypes) == []
+
+
+def test_sharded_tensors_get_the_dtypes_of_the_source(folders: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(folders / "source" / "nemotron_h", source)
+    mix_dtypes(source)
+    run_on_ranks(check_dtypes_of_the_source, 4, folders, source, tmp_path / "out")
+    want, got = load_file(source / "model.safetensors"), read_folder(tmp_path / "out")
+    assert {key: (t.dtype, t.shape) for key, t in got.items()} == {key: (t.dtype, t.shape) for key, t in want.items()}
+    for key, tensor in got.items():  # what bfloat16 kept of a float32 source
+        fine = tensor.dtype == torch.float32 and not key.endswith(".D")
+        assert torch.equal(tensor, want[key].bfloat16().float() if fine and "gate" not in key else want[key]), key
+    record = json.loads((tmp_path / "out" / "EXPORT.json").read_text())
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        assert record["files"][path.name]["crc32"] == f"{zlib.crc32(path.read_bytes()):08x}"
+
+
+def check_killed(root: Path, out: Path, victim: int, after: int) -> None:
+    """Rank ``victim`` dies without a word at one of its writes; ``after`` 0: nobody does."""
+    source = root / "source" / "qwen3_moe"
+    model = load_sharded(source, fsdp_size=2, ep_size=2)
+    calls, real = [0], os.pwrite
+
+    def pwrite(*arguments: object) -> int:
+        calls[0] += 1
+        if calls[0] == after and dist.get_rank() == victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments)
+
+    os.pwrite = pwrite
+    export_on_ranks(model, source, out, max_file_bytes=100_000)
+
+
+@pytest.mark.parametrize(("victim", "after"), [(0, 1), (0, 20), (1, 3), (1, 20)])
+def test_kill_point_of_any_rank_keeps_the_earlier_export_and_the_next_is_whole(
+    folders: Path, tmp_path: Path, victim: int, after: int
+) -> None:
+    out = tmp_path / "out"
+    run_on_ranks(check_killed, 2, folders, out, 0, 0)
+    earlier = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(RanksFailedError):
+        run_on_ranks(check_killed, 2, folders, out, victim, after)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == earlier
+    assert (tmp_path / "out.tmp").is_dir()
+    run_on_ranks(check_killed, 2, folders, out, 0, 0)
+    assert_same_tensors(out, folders / "reference" / "qwen3_moe")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def check_unreadable(root: Path, out: Path, first: int) -> None:
+    source = root / "source" / "qwen3_moe"
+    model = load_sharded(source, fsdp_size=2, ep_size=2)
+    calls, real = [0], os.preadv
+
+    def preadv(*arguments: object) -> int:
+        calls[0] += 1
+        if dist.get_rank() == 1 and calls[0] >= first:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(*arguments)
+
+    os.preadv = preadv
+    with pytest.raises(CannotWriteError, match=r"does not read back: .*Input/output error"):
+        export_on_ranks(model, source, out)
+
+
+@pytest.mark.parametrize("first", [1, 5])  # a header; a tensor, after the headers of three files
+def test_a_rank_that_cannot_read_back_fails_all_and_none_waits(folders: Path, tmp_path: Path, first: int) -> None:
+    run_on_ranks(check_unreadable, 2, folders, tmp_path / "out", first)
+    assert list(tmp_path.iterdir()) == []

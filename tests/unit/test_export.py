@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+import zlib
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from moe_recipes.config.errors import CannotWriteError, MissingInputError, RecipeError
+from moe_recipes.config.errors import (
+    CannotWriteError,
+    CorruptCheckpointError,
+    MissingInputError,
+    NotFiniteError,
+    RecipeError,
+)
 from moe_recipes.models import export_folder
 from moe_recipes.models.export import ExportReport, export_model
 from moe_recipes.models.export_folder import without_top_key
-from moe_recipes.models.export_plan import plan_export
+from moe_recipes.models.export_plan import plan_export, spec_bytes
 from moe_recipes.models.export_verify import verify_export
 from tests.tiny_models import save_tiny_model, tiny_config
 
@@ -106,7 +113,10 @@ def test_files_stay_under_the_limit_and_the_record_has_their_hashes(model: PreTr
         assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors.values()) <= limit
     for path in [*files, tmp_path / "out" / "config.json"]:
         assert record["files"][path.name]["bytes"] == path.stat().st_size
-        assert record["files"][path.name]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    for path in files:
+        assert record["files"][path.name]["crc32"] == f"{zlib.crc32(path.read_bytes()):08x}"
+    for name in ("config.json", "model.safetensors.index.json"):
+        assert record["files"][name]["sha256"] == hashlib.sha256((tmp_path / "out" / name).read_bytes()).hexdigest()
     assert (record["keys"], record["bytes"]) == (report.num_keys, report.total_bytes)
 
 
@@ -161,8 +171,10 @@ def test_verify_names_equal_experts(source: Path, tmp_path: Path, family: str, m
     loaded = AutoModelForCausalLM.from_pretrained(source / family, dtype=torch.bfloat16)
     for parameter in loaded.model.get_submodule(f"{module}.experts").parameters():
         parameter.data[6] = parameter.data[1]
-    with pytest.raises(CannotWriteError, match="experts 1 and 6 are equal"):
+    with pytest.raises(NotFiniteError, match=rf"experts 1 and 6 are equal .*kept as {tmp_path}/out.failed"):
         export(loaded, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert "experts 1 and 6" in json.loads((tmp_path / "out.failed/EXPORT.json").read_text())["failed"]
     export(loaded, tmp_path / "out", verify=False)
     problems = verify_export(tmp_path / "out", loaded, rank=0, num_ranks=1)
     assert problems == [f"model.{module}.experts: experts 1 and 6 are equal"]
@@ -227,6 +239,10 @@ def test_source_tensors_without_a_place_in_the_model_are_named(
     tensors = read_folder(source / "qwen3_moe") | {"mtp.layers.0.weight": torch.ones(2)}
     (tmp_path / "origin").mkdir()
     save_file(tensors, tmp_path / "origin/model.safetensors")
+    with pytest.raises(CorruptCheckpointError, match=r"mtp\.layers\.0\.weight is in the source and not in the model"):
+        export(model, tmp_path / "out", source_dir=tmp_path / "origin")
+    assert [path.name for path in tmp_path.iterdir()] == ["origin"]
+    model._keys_to_ignore_on_load_unexpected = {r"mtp\..*"}
     with caplog.at_level(logging.WARNING):
         report = export(model, tmp_path / "out", source_dir=tmp_path / "origin")
     assert report.source_keys_left_out == ("mtp.layers.0.weight",)
@@ -312,3 +328,8 @@ def test_planning_a_30b_model_takes_seconds_and_no_memory() -> None:
     plan, _, _ = plan_export(large, rank=0, num_ranks=1, max_file_bytes=5 * 10**9)
     assert len(plan.weight_map) == 48 * (3 * 128 + 9) + 3
     assert {tensor.how for tensor in plan.tensors} == {"rows", "experts"}
+    sizes = [sum(spec_bytes(spec) for spec in file.tensors.values()) for file in plan.files]
+    assert max(sizes) <= 5 * 10**9
+    own = sizes[-11:]  # 116 GB of experts in float32, after the dense tensors
+    assert min(own[:-1]) > 4.98 * 10**9
+    assert sum(sizes) == plan.total_bytes
