@@ -11,23 +11,28 @@ from pathlib import Path
 from typing import Any
 
 from moe_recipes.config.checks import check_recipe
-from moe_recipes.config.errors import RecipeError
+from moe_recipes.config.errors import MissingInputError, RecipeError
 from moe_recipes.config.model_config import read_model_config
 from moe_recipes.config.recipe import Data, Model, Optim, Recipe, Train
 from moe_recipes.config.resolve import load_recipe, recipe_to_dict
+from moe_recipes.families import family_of
 from moe_recipes.launch.arguments import add_json, add_overrides
 from moe_recipes.launch.rehearse import beside_run, model_without_weights, run_module
 from moe_recipes.launch.train import check_packages
-from moe_recipes.plan.small_model import few_layers, narrow_widths
+from moe_recipes.plan.small_model import NARROW, few_layers, narrow_widths
 
 SUFFIX = "-proof"
 MOST_RANKS_OF_EXPERTS = 4
 EXPERTS_A_TOKEN = 2
+TOP_K_KEYS = (
+    "num_experts_per_tok", "experts_per_token", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k"
+)  # fmt: skip
 WINDOW = 8
-NOT_PROVED = {"mtp_loss_coef": 0.0, "router_z_loss_coef": 0.0, "router_bias_update_rate": 0.0}
+NOT_PROVED = {"router_z_loss_coef": 0.0, "router_bias_update_rate": 0.0}
 """Keys of ``train`` that are switched off: what they add is not in the reference."""
 
-AUX_LOSS_COEF = 0.5
+MTP_KEY = "num_nextn_predict_layers"
+AUX_LOSS_COEF = MTP_LOSS_COEF = 0.5
 """In place of a recipe's own, which is too small to show among the gradients of the cross-entropy."""
 
 
@@ -40,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    if (Path(options.recipe) / "config.json").is_file():
+    if Path(options.recipe).is_dir():
         recipe = recipe_of_folder(Path(options.recipe), options.overrides)
     else:
         recipe = load_recipe(options.recipe, options.overrides)
@@ -57,8 +62,10 @@ def recipe_of_folder(folder: Path, overrides: Sequence[str]) -> Recipe:
     """A recipe with default settings for a user's own model.
 
     Raises:
-        RecipeError: overrides were given; they belong into a recipe.
+        MissingInputError: the folder has no config.json. RecipeError: overrides were given; they belong into a recipe.
     """
+    if not (folder / "config.json").is_file():
+        raise MissingInputError(f"{folder}: the folder holds no config.json; name a recipe, or a model's folder")
     if overrides:
         raise RecipeError("--set needs a recipe; for a folder's model write one with model.source: FOLDER")
     name = folder.resolve().name
@@ -83,7 +90,11 @@ def proof_recipe(recipe: Recipe) -> tuple[Recipe, list[str]]:
     """
     notes = []
     model = model_without_weights(recipe.model)
-    cuts = small_config(read_model_config(model)[0])
+    config = read_model_config(model)[0]
+    cuts, family = small_config(config), family_of(config)
+    has_mtp = family is not None and family.mtp is not None and bool(config.get(MTP_KEY))
+    if has_mtp:
+        cuts[MTP_KEY] = 1
     model = replace(model, dtype="float32", config_overrides={**model.config_overrides, **cuts})
     if "flash" in model.attn_implementation:
         notes.append(f"model.attn_implementation={model.attn_implementation} needs a GPU; proved with sdpa")
@@ -96,6 +107,12 @@ def proof_recipe(recipe: Recipe) -> tuple[Recipe, list[str]]:
     known = {field.name for field in dataclasses.fields(train)}
     off: dict[str, Any] = {key: value for key, value in NOT_PROVED.items() if key in known}
     notes += [f"train.{key}={getattr(train, key)} is switched off" for key in off if getattr(train, key)]
+    off["mtp_loss_coef"] = MTP_LOSS_COEF if has_mtp and train.mtp_loss_coef != 0 else 0.0
+    if train.mtp_loss_coef and not has_mtp:
+        raise RecipeError(
+            f"train.mtp_loss_coef={train.mtp_loss_coef}: the model has no multi-token-prediction layers; leave the key"
+            " out"
+        )
     if train.router_aux_loss_coef:
         off["router_aux_loss_coef"] = AUX_LOSS_COEF
     if "quantization_config" in cuts:
@@ -117,9 +134,11 @@ def proof_recipe(recipe: Recipe) -> tuple[Recipe, list[str]]:
 def small_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Overrides of config.json: one layer of each kind, narrow, 8 experts with 2 a token, short attention windows."""
     cuts = few_layers(config) | narrow_widths(config, ep_size=MOST_RANKS_OF_EXPERTS)
+    for key in [key for key in cuts if key.endswith("per_layer_config")]:
+        cuts[key] = {layer: _narrow_layer(own) for layer, own in cuts[key].items()}
     text = config.get("text_config")
     prefix, inner = ("text_config.", text) if isinstance(text, Mapping) else ("", config)
-    for key in ("num_experts_per_tok", "experts_per_token"):
+    for key in TOP_K_KEYS:
         if isinstance(inner.get(key), int):
             cuts[f"{prefix}{key}"] = min(inner[key], EXPERTS_A_TOKEN)
     if (inner.get("n_group") or 1) > 1:
@@ -130,3 +149,11 @@ def small_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("quantization_config"):
         cuts["quantization_config"] = None
     return cuts
+
+
+def _narrow_layer(own: Mapping[str, Any]) -> dict[str, Any]:
+    """The widths that a layer has of its own, at most twice those of the other layers, so that they stay different."""
+    found = {name: min(value, 2 * NARROW[name]) if name in NARROW else value for name, value in own.items()}
+    if "num_key_value_heads" in own and own["num_key_value_heads"] == own.get("num_attention_heads"):
+        found["num_key_value_heads"] = found["num_attention_heads"]
+    return found

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,18 +18,27 @@ from transformers import initialization as hf_init
 from transformers.distributed import DistributedConfig
 
 from moe_recipes.config.errors import RecipeError
+from moe_recipes.models.attention import choose_attention, report_attention
 from moe_recipes.models.blocks import moe_blocks
+from moe_recipes.models.conversions import note_conversions
 from moe_recipes.models.disk_keys import accept_disk_keys
 from moe_recipes.models.documents import pass_documents
+from moe_recipes.models.expert_plan import only_experts_in_plan
 from moe_recipes.models.float32_kept import float32_kept
 from moe_recipes.models.fused_attention import fuse_attention
+from moe_recipes.models.fused_gpt_oss import fuse_gpt_oss
+from moe_recipes.models.fused_mla import fuse_mla
+from moe_recipes.models.fused_mlp import fuse_mlps
 from moe_recipes.models.fused_norms import fuse_norms
 from moe_recipes.models.fused_residual import fuse_residual
+from moe_recipes.models.load_warnings import warn_of_code
 from moe_recipes.models.mamba import lean_mamba
+from moe_recipes.models.mixed_rows import mixed_rows_read_whole
+from moe_recipes.models.mtp_kept import keep_frozen, mtp_kept
 from moe_recipes.models.sharded_init import initialize_shards
 from moe_recipes.models.time_step import honour_time_step_limit
 from moe_recipes.models.whole_experts import average_gradients, whole_experts_stay_whole
-from moe_recipes.moe import EXPERTS, all_to_all
+from moe_recipes.moe import EXPERTS, all_to_all, symmetric
 from moe_recipes.moe.recompute import checkpoint_contexts, route_once
 from moe_recipes.runtime.optimizations import Optimization, describe
 from moe_recipes.runtime.sharding import keep_precision
@@ -58,9 +69,25 @@ def _requested_experts(argument: str | dict[str, str] | None, config: Any) -> st
     return argument
 
 
+def _choose_attention(config: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The caller's arguments with the attention that they mean; a path in place of a config says nothing yet."""
+    if not isinstance(config, PreTrainedConfig):
+        return kwargs
+    asked = kwargs.get("attn_implementation") or config.get_text_config()._attn_implementation
+    chosen = choose_attention(config, asked)
+    return {**kwargs, "attn_implementation": chosen} if chosen != asked else kwargs
+
+
 def _has_plain_weights(experts: nn.Module) -> bool:
     """False for quantised experts: their own functions undo the quantisation."""
     return all(weight.is_floating_point() and weight.element_size() > 1 for weight in experts.parameters())
+
+
+@contextmanager
+def _laid_out() -> Iterator[None]:
+    """While Transformers lays a model out: what it has no switches for."""
+    with float32_kept(), whole_experts_stay_whole(), only_experts_in_plan():
+        yield
 
 
 def _dispatch(layout: DistributedConfig | None, *, has_experts: bool) -> Optimization:
@@ -68,7 +95,7 @@ def _dispatch(layout: DistributedConfig | None, *, has_experts: bool) -> Optimiz
         return Optimization("expert dispatch", False, NO_EXPERTS)
     if layout is None or layout.ep_size == 1:
         return Optimization("expert dispatch", False, "ep_size is 1, every rank computes all experts")
-    if layout.ep_implementation == all_to_all.NAME:
+    if layout.ep_implementation in (all_to_all.NAME, symmetric.NAME):
         return Optimization("expert dispatch", True, f"all-to-all, one row per (token, rank), ep_size {layout.ep_size}")
     return Optimization("expert dispatch", False, f"ep_implementation is {layout.ep_implementation!r}")
 
@@ -96,8 +123,9 @@ def _finish(
         found = [Optimization("fused experts", False, f"experts_implementation is {used!r}")]
     else:
         found = [Optimization("fused experts", True, f"{len(blocks)} layers, grouped matrix products")]
-    found += [fuse_norms(model), fuse_attention(model), fuse_residual(model)]
-    found += filter(None, (honour_time_step_limit(model), lean_mamba(model), pass_documents(model)))
+    found += [report_attention(model), fuse_norms(model), fuse_attention(model), fuse_residual(model)]
+    for fuse in (fuse_gpt_oss, fuse_mla, fuse_mlps, honour_time_step_limit, lean_mamba, pass_documents):
+        found += filter(None, [fuse(model)])
     found.append(_dispatch(layout, has_experts=bool(blocks)))
     if whole := average_gradients(model):
         found.append(Optimization("whole experts outside FSDP2", True, f"{whole} layers, one owner an expert"))
@@ -146,16 +174,25 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> PreTrainedModel:
         """Load as Transformers does; each rank reads only the experts and rows that it owns.
 
-        Args: those of ``transformers.AutoModelForCausalLM.from_pretrained``.
+        Args: those of ``transformers.AutoModelForCausalLM.from_pretrained``, and
+            mtp (default True): load the checkpoint's layers of multi-token prediction too, frozen, so that
+                ``save_pretrained`` writes them; False leaves them out as Transformers does, with a warning.
         """
         layout = _layout(kwargs.pop("distributed_config", None))
         if layout is not None:
             kwargs["distributed_config"] = layout
         experts = _requested_experts(kwargs.get("experts_implementation"), kwargs.get("config"))
-        with float32_kept(), whole_experts_stay_whole():
+        kwargs = _choose_attention(kwargs.get("config"), kwargs)
+        with _laid_out(), mixed_rows_read_whole(), mtp_kept(wanted=kwargs.pop("mtp", True)):
             loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        warn_of_code(pretrained_model_name_or_path, kwargs)
         model, *info = loaded if isinstance(loaded, tuple) else (loaded,)
+        if kwargs.get("attn_implementation") is None and kwargs.get("config") is None:
+            chosen = choose_attention(model.config, None)
+            if chosen is not None:
+                model.set_attn_implementation(chosen)
         model = _finish(model, experts=experts, layout=layout)
+        keep_frozen(model)
         return (model, *info) if info else model  # type: ignore[return-value]
 
     @classmethod
@@ -177,23 +214,42 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         layout = _layout(distributed_config)
         experts = _requested_experts(kwargs.get("experts_implementation"), config)
         config = copy.deepcopy(config)  # a plain model that is made of the caller's config must stay plain
+        kwargs = _choose_attention(config, kwargs)
         if layout is None:
             with float32_kept():
                 model = super().from_config(config, **kwargs)
             _keep_fp32(model)
             return _finish(model, experts=experts, layout=None)
-        with float32_kept(), whole_experts_stay_whole():
+        with _laid_out():
             model = draw_plain_model(config, layout, seed=_agreed_seed(seed), **kwargs)
         return _finish(model, experts=experts, layout=layout)
 
     @classmethod
     def on_meta(cls, config: PreTrainedConfig, *, distributed_config: DistributedConfig, **kwargs: Any) -> Any:
         """As ``from_config`` with a layout, but this rank's shards stay on the meta device: shapes without bytes."""
+        return cls.filled(config, lambda model, device: None, distributed_config=distributed_config, **kwargs)
+
+    @classmethod
+    def filled(
+        cls,
+        config: PreTrainedConfig,
+        fill: Callable[[PreTrainedModel, torch.device], object],
+        *,
+        distributed_config: DistributedConfig,
+        **kwargs: Any,
+    ) -> Any:
+        """As ``from_config`` with a layout; the weights come from ``fill``.
+
+        Args:
+            fill: gets the distributed model on the meta device, and the device where this rank's shards belong.
+        """
         layout = _layout(distributed_config)
         assert layout is not None
         experts = _requested_experts(kwargs.get("experts_implementation"), config)
-        with float32_kept(), whole_experts_stay_whole():
-            model, _ = lay_out_on_meta(copy.deepcopy(config), layout, **kwargs)
+        kwargs = _choose_attention(config, kwargs)
+        with _laid_out():
+            model, device = lay_out_on_meta(copy.deepcopy(config), layout, **kwargs)
+            fill(model, device)
         return _finish(model, experts=experts, layout=layout)
 
 
@@ -214,6 +270,7 @@ def lay_out_on_meta(
         model = transformers.AutoModelForCausalLM.from_config(config, **kwargs)
     _keep_fp32(model)
     _untie(model)
+    note_conversions(model)
     layout, device, mesh = type(model).prepare_distribute_model(layout)
     if mesh is None:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"

@@ -35,17 +35,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.distributed.mixin import DistributedMixin
 from transformers.masking_utils import create_causal_mask
 
+from moe_recipes import families
 from moe_recipes.config.errors import RecipeError
 from moe_recipes.kernels.linear_cross_entropy import IGNORE_INDEX
 from moe_recipes.moe.expert_load import count_only
 from moe_recipes.runtime.optimizations import Optimization
 
 ATTRIBUTE = "moe_recipes_mtp"
-DEFAULT_LOSS_COEF = 0.1
-REUSED_DEPTH = 2
-"""Depths for which Nemotron-H's one block was trained."""
-
-_DEEPSEEK_COPIES = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +53,9 @@ class Mtp:
 
     copies: dict[str, str]
     """Names under which a file repeats a tensor of the model -> that tensor's name."""
+
+    loss_coef: float
+    """The family's weight of their loss, where the recipe leaves it open."""
 
     @property
     def depth(self) -> int:
@@ -81,23 +80,16 @@ def count_blocks(config: Mapping[str, Any], names: Collection[str] | None) -> in
     Raises:
         RecipeError: the checkpoint has MTP layers that do not make whole blocks.
     """
-    family, said = config.get("model_type"), int(config.get("num_nextn_predict_layers") or 0)
-    if family == "deepseek_v3":
-        if names is None:
-            return said
-        first = int(config["num_hidden_layers"])
-        found = {int(m[1]) for name in names if (m := re.match(r"model\.layers\.(\d+)\.", name)) and int(m[1]) >= first}
-        return _whole_blocks(found, first=first, length=1)
-    if family == "nemotron_h":
-        if names is None:
-            return min(1, said)
-        found = {int(m[1]) for name in names if (m := re.match(r"mtp\.layers\.(\d+)\.", name))}
-        return _whole_blocks(found, first=0, length=len(_nemotron_pattern(config)))
-    return 0
-
-
-def _nemotron_pattern(config: Mapping[str, Any]) -> Any:
-    return config.get("mtp_layers_block_type") or config.get("mtp_hybrid_override_pattern") or "*E"
+    family = families.family_of(config)
+    mtp = family.mtp if family is not None else None
+    if mtp is None:
+        return 0
+    if names is None:
+        return mtp.num_blocks(config)
+    numbers = (mtp.number_of(name, config) for name in names)
+    first = int(config["num_hidden_layers"]) if mtp.after_layers else 0
+    found = {number for number in numbers if number is not None}
+    return _whole_blocks(found, first=first, length=len(mtp.layers_of_block(config)))
 
 
 def _whole_blocks(found: set[int], *, first: int, length: int) -> int:
@@ -137,7 +129,7 @@ def _add_fusion(layer: nn.Module, norm: type[nn.Module], *, hidden: int, eps: fl
     layer.eh_proj = nn.Linear(2 * hidden, hidden, bias=False)
 
 
-def _deepseek(model: PreTrainedModel, num_blocks: int) -> Mtp:
+def _deepseek(model: PreTrainedModel, num_blocks: int, declared: families.Mtp) -> Mtp:
     config, layers = model.config, model.base_model.layers
     kind, norm = type(layers[-1]), type(model.base_model.norm)
     first, blocks, copies = config.num_hidden_layers, [], {}
@@ -147,11 +139,11 @@ def _deepseek(model: PreTrainedModel, num_blocks: int) -> Mtp:
         layer.shared_head = nn.ModuleDict({"norm": norm(config.hidden_size, eps=config.rms_norm_eps)})
         layers.append(layer)  # the model's own forward stops at num_hidden_layers
         blocks.append([layer])
-        copies |= {f"model.layers.{index}.{name}": source for name, source in _DEEPSEEK_COPIES.items()}
-    return Mtp(blocks=blocks, copies=copies)
+        copies |= {f"{declared.prefix}{index}.{name}": source for name, source in declared.copies}
+    return Mtp(blocks=blocks, copies=copies, loss_coef=declared.loss_coef)
 
 
-def _nemotron(model: PreTrainedModel, num_blocks: int) -> Mtp:
+def _nemotron(model: PreTrainedModel, num_blocks: int, declared: families.Mtp) -> Mtp:
     config: PreTrainedConfig = copy.copy(model.config)
     kinds = list(config.mtp_layers_block_type) * num_blocks
     if unknown := set(kinds) - {"full_attention", "moe", "mlp"}:
@@ -179,10 +171,11 @@ def _nemotron(model: PreTrainedModel, num_blocks: int) -> Mtp:
         inside = {name: style for name, style in (plan or {}).items() if name.startswith("model.layers.")}
         plan.update({name.replace("model.", "mtp.", 1): style for name, style in inside.items()})
     blocks = [list(layers[start : start + length]) for start in range(0, len(kinds), length)]
-    return Mtp(blocks=blocks * REUSED_DEPTH if num_blocks == 1 else blocks, copies={})
+    depths = blocks * declared.reused_depth if num_blocks == 1 else blocks
+    return Mtp(blocks=depths, copies={}, loss_coef=declared.loss_coef)
 
 
-_FAMILIES = {"deepseek_v3": _deepseek, "nemotron_h": _nemotron}
+_BUILDERS = {"deepseek_v3": _deepseek, "nemotron_h": _nemotron}
 
 
 def attach_mtp(model: PreTrainedModel, num_blocks: int, names: Collection[str] | None) -> None:
@@ -191,11 +184,14 @@ def attach_mtp(model: PreTrainedModel, num_blocks: int, names: Collection[str] |
     Args:
         names: tensors in the checkpoint, None for random weights. A repeated tensor is written again if it is there.
     """
+    family = families.family_of(model.config.model_type)
+    assert family is not None
+    assert family.mtp is not None
     before = torch.get_default_dtype()
     torch.set_default_dtype(model.dtype)
     try:
         with torch.device("meta"):
-            mtp = _FAMILIES[model.config.model_type](model, num_blocks)
+            mtp = _BUILDERS[family.name](model, num_blocks, family.mtp)
     finally:
         torch.set_default_dtype(before)
     copies = {name: source for name, source in mtp.copies.items() if names is None or name in names}
@@ -218,7 +214,8 @@ def mtp_attached(config: Mapping[str, Any], names: Collection[str] | None) -> It
     original = DistributedMixin.__dict__["maybe_distribute_model"]
 
     def attach_first(cls: type, model: PreTrainedModel, *args: Any) -> Any:
-        attach_mtp(model, num_blocks, names)
+        if mtp_of(model) is None:
+            attach_mtp(model, num_blocks, names)
         return original.__func__(cls, model, *args)
 
     DistributedMixin.maybe_distribute_model = classmethod(attach_first)  # type: ignore[method-assign, assignment]
@@ -230,9 +227,10 @@ def mtp_attached(config: Mapping[str, Any], names: Collection[str] | None) -> It
 
 def mtp_weight(model: nn.Module, coef: float | None) -> float:
     """The weight of the MTP loss that a recipe's ``coef`` means for this model."""
-    if mtp_of(model) is None:
+    mtp = mtp_of(model)
+    if mtp is None:
         return 0.0
-    return DEFAULT_LOSS_COEF if coef is None else coef
+    return mtp.loss_coef if coef is None else coef
 
 
 def choose_mtp(model: nn.Module, coef: float | None) -> tuple[float, Optimization]:
@@ -251,9 +249,9 @@ def choose_mtp(model: nn.Module, coef: float | None) -> tuple[float, Optimizatio
             )
         return 0.0, Optimization(name, False, "the model has no such layers")
     weight = mtp_weight(model, coef)
+    for layer in mtp.layers():
+        layer.requires_grad_(weight != 0)
     if weight == 0:
-        for layer in mtp.layers():
-            layer.requires_grad_(False)
         return 0.0, Optimization(name, False, "train.mtp_loss_coef is 0; kept and exported as it is")
     return weight, Optimization(name, True, f"depth {mtp.depth}, loss weight {weight:g}")
 

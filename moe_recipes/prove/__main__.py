@@ -21,12 +21,22 @@ import torch
 import transformers
 from torch import nn
 
-from moe_recipes.config.errors import EXIT_INTERNAL, EXIT_OK, CannotWriteError, MoeRecipesError, NotFiniteError
+from moe_recipes.config.errors import (
+    EXIT_INTERNAL,
+    EXIT_OK,
+    CannotWriteError,
+    MoeRecipesError,
+    NotFiniteError,
+    RecipeError,
+    first_line,
+)
 from moe_recipes.config.recipe import Parallel, Recipe
 from moe_recipes.config.resolve import recipe_from_dict
 from moe_recipes.config.run_folder import write_json
 from moe_recipes.models.blocks import moe_blocks
 from moe_recipes.models.build import load_config, read_source
+from moe_recipes.models.mtp import attach_mtp, count_blocks, mtp_of
+from moe_recipes.models.mtp_kept import keep_frozen
 from moe_recipes.models.packing import why_not_packed
 from moe_recipes.prove.checks import prove_layout
 from moe_recipes.prove.examples import make_documents
@@ -39,6 +49,8 @@ from moe_recipes.train.run import make_model
 
 SCHEMA_VERSION = 1
 FACTS = "family.json"
+MOST_PARAMETERS = 20_000_000
+"""Of a small model: eight ranks hold it, its gradients and its reference, on any laptop."""
 
 
 def _experts_of(model: nn.Module) -> list[nn.Module]:
@@ -54,7 +66,12 @@ def write_family(folder: Path, recipe: Recipe) -> None:
     # The recipe's own layout is of its true size: the small model has too few experts for it.
     source = read_source(replace(recipe, parallel=Parallel()))
     config = load_config(source, folder / "config")
-    plain = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    plain = _plain_model(config)
+    if num_blocks := count_blocks(source.config, None):
+        attach_mtp(plain, num_blocks, None)
+        for layer in mtp_of(plain).layers():
+            layer.to_empty(device="cpu")
+        keep_frozen(plain)
     boost(plain)
     plain.save_pretrained(folder / "weights")
     attention = recipe.model.attn_implementation
@@ -67,7 +84,8 @@ def write_family(folder: Path, recipe: Recipe) -> None:
     packed = reason is None
     text = config.get_text_config()
     documents = make_documents(vocab_size=text.vocab_size, packed=packed)
-    write_reference(folder / "weights", documents, folder / "reference.pt", experts_of=_experts_of, aux_loss=aux)
+    write_reference(folder / "weights", documents, folder / "reference.pt", experts_of=_experts_of, aux_loss=aux,
+                    mtp_coef=recipe.train.mtp_loss_coef or 0.0)  # fmt: skip
     facts = {
         "class": type(plain).__name__,
         "parameters": sum(parameter.numel() for parameter in plain.parameters()),
@@ -78,6 +96,35 @@ def write_family(folder: Path, recipe: Recipe) -> None:
         "time_step_limit": any(hasattr(module, "time_step_limit") for module in plain.modules()),
     }
     (folder / FACTS).write_text(json.dumps(facts))
+
+
+def _plain_model(config: transformers.PreTrainedConfig) -> transformers.PreTrainedModel:
+    """Transformers' own model with its own initial weights, eager.
+
+    Raises:
+        RecipeError: the family is no causal language model, or its config was not cut to a size for this machine.
+    """
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise RecipeError(
+            f"model_type {config.model_type!r}: Transformers has no causal language model for it; name another model"
+        )
+    try:
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, **options)
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
+        raise RecipeError(
+            f"model_type {config.model_type!r}: Transformers cannot build it from this config ({first_line(error)});"
+            " mend config.json, or set model.config_overrides in a recipe"
+        ) from error
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    if sum(sizes.values()) > MOST_PARAMETERS:
+        largest = max(sizes, key=lambda name: sizes[name])
+        raise RecipeError(
+            f"model_type {config.model_type!r}: cut small it still has {sum(sizes.values()):,} parameters,"
+            f" {sizes[largest]:,} of them in {largest}; lower that width by model.config_overrides in a recipe"
+        )
+    return transformers.AutoModelForCausalLM.from_config(config, **options)
 
 
 def _with_attention(recipe: Recipe, attention: str) -> Recipe:

@@ -24,16 +24,19 @@ from moe_recipes.data.loader import Batch
 from moe_recipes.models.loss import remove_loss
 from moe_recipes.prove.compare import distances, relative_error, whole, whole_gradients
 from moe_recipes.prove.examples import ROWS_PER_MICROBATCH, rank_batches
+from moe_recipes.prove.isolation import document_isolation, forward, mtp_isolation
+from moe_recipes.prove.mtp import block_keys, block_tensors, read_tensors
 from moe_recipes.prove.reference import norm_of, reference_step
 from moe_recipes.prove.task import CLIP_FACTOR, EPS, LR, NOISE_FLOOR, TOLERANCE, Check, Layout, Task, write_checks
 from moe_recipes.runtime.safetensors_file import DTYPES
-from moe_recipes.runtime.sharding import Rows, reshard
+from moe_recipes.runtime.sharding import Rows
 from moe_recipes.runtime.world import World, barrier, max_over_ranks
-from moe_recipes.train import loop, resume
+from moe_recipes.train import loop, saves
 from moe_recipes.train.export_run import export_run
 from moe_recipes.train.run import WEIGHTS, Run, setup
 
 NAMES_SHOWN = 3
+MTP_LOSS = "MTP loss"
 
 
 def expected(reference: Mapping[str, Any], task: Task, layout: Layout) -> dict[str, Any]:
@@ -42,14 +45,16 @@ def expected(reference: Mapping[str, Any], task: Task, layout: Layout) -> dict[s
     gradients: dict[str, Tensor] = dict(reference["gradients"])
     aux = reference["aux"].get(ROWS_PER_MICROBATCH // layout.num_ranks)
     if aux is not None:
-        gradients = {name: gradient + coef * aux["gradients"][name] for name, gradient in gradients.items()}
+        for name, gradient in aux["gradients"].items():
+            gradients[name] = gradients.get(name, torch.zeros_like(gradient)) + coef * gradient
     norm = norm_of(gradients)
     clip = CLIP_FACTOR * norm if optim.max_grad_norm else 0.0
     step = reference_step(
         reference["weights"], gradients, clip=clip, lr=LR, eps=EPS,
         betas=(optim.betas[0], optim.betas[1]), weight_decay=optim.weight_decay,
     )  # fmt: skip
-    return {"gradients": gradients, "norm": norm, "clip": clip, "aux": aux["loss"] if aux else None, **step}
+    after = {"weights": step["weights"] | reference["frozen"], "moments": step["moments"]}
+    return {"gradients": gradients, "norm": norm, "clip": clip, "aux": aux["loss"] if aux else None, **after}
 
 
 def _close(name: str, errors: Sequence[tuple[float, str]], what: str) -> Check:
@@ -101,11 +106,13 @@ def prove_layout(task: Task, layout: Layout) -> None:
     run.recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, format="auto"))
     batches = rank_batches(task.documents(), rank=rank, num_ranks=size)
 
-    forward = run.model.forward
+    trained = run.model.forward
     remove_loss(run.model)
-    found = [_logits(run, batches, reference["logits"]), _isolation(run, batches[0], task)]
-    run.model.forward = forward
+    found = [_logits(run, batches, reference["logits"]), document_isolation(run, batches[0], task)]
+    run.model.forward = trained
     run.model.train()
+    if run.mtp_coef:
+        found.append(mtp_isolation(run, batches[0], task))
     found += _step(run, batches, reference, want)
     remove_loss(run.model)
     found += _checkpoint(run, want, reference["buffers"])
@@ -113,44 +120,10 @@ def prove_layout(task: Task, layout: Layout) -> None:
     write_checks(task.checks(layout), found)
 
 
-@torch.no_grad()
-def _forward(run: Run, batch: Batch, input_ids: Tensor) -> Tensor:
-    logits = run.model(input_ids=input_ids, position_ids=batch.position_ids, use_cache=False).logits.float()
-    reshard(run.model)
-    return logits
-
-
 def _logits(run: Run, batches: list[Batch], reference_RSV: Tensor) -> Check:
-    errors = [relative_error(_forward(run, b, b.input_ids), reference_RSV[list(b.row_ids)]) for b in batches]
+    errors = [relative_error(forward(run, b, b.input_ids), reference_RSV[list(b.row_ids)]) for b in batches]
     worst_row = max_over_ranks(max(errors))[0]
     return _close("logits", [(worst_row, "the model's logits before the step")], "every row of every rank")
-
-
-def _isolation(run: Run, batch: Batch, task: Task) -> Check:
-    """Flip one token of one document: no output of another document, row or rank moves, nor one before the token.
-
-    What follows the token in its own document must move: a proof that looks at nothing passes anything.
-    """
-    row = 1
-    own = min((d for d in task.documents() if d.row == row), key=lambda d: d.start)
-    place = own.start + (own.end - own.start) // 2
-    flipped = batch.input_ids.clone()
-    before = _forward(run, batch, batch.input_ids)
-    mine = [index for index, number in enumerate(batch.row_ids) if number == row]
-    for index in mine:
-        flipped[index, place] = (flipped[index, place] + 1) % run.source.vocab_size
-    after = _forward(run, batch, flipped)
-    moved_BS = (after - before).norm(dim=-1) / before.norm(dim=-1)
-    may_move_BS = torch.zeros_like(moved_BS, dtype=torch.bool)
-    for index in mine:
-        may_move_BS[index, place : own.end] = True
-    leak = float(moved_BS.masked_fill(may_move_BS, 0).max())
-    moved = float(moved_BS.masked_fill(~may_move_BS, 0).max())
-    leak, moved = (value if math.isfinite(value) else math.inf for value in max_over_ranks(leak, moved))
-    name, what = "document isolation", "documents of a row" if task.packed else "rows"
-    if moved <= 100 * TOLERANCE:
-        return Check(name=name, passed=False, value=moved, limit=None, found="a flipped token moved nothing at all")
-    return _close(name, [(leak, f"a flipped token moved the output of other {what}")], f"{what} do not see each other")
 
 
 def _step(run: Run, batches: list[Batch], reference: Mapping[str, Any], want: Mapping[str, Any]) -> list[Check]:
@@ -163,6 +136,7 @@ def _step(run: Run, batches: list[Batch], reference: Mapping[str, Any], want: Ma
     found = [
         _number("loss", stats.loss, reference["loss"]),
         *([_number("load-balancing loss", stats.aux_loss, want["aux"])] if want["aux"] is not None else []),
+        *([_number(MTP_LOSS, stats.mtp_loss, reference["mtp"])] if "mtp" in reference else []),
         _number("gradient norm", stats.grad_norm, want["norm"]),
         _close(
             "gradients",
@@ -196,7 +170,7 @@ def _tokens(run: Run, counts_LE: Tensor | None, reference: list[Tensor]) -> Chec
 
 def _checkpoint(run: Run, want: Mapping[str, Any], buffers: Mapping[str, Tensor]) -> list[Check]:
     """Save as the trainer does, and read all of it back as one rank: weights, buffers, both moments."""
-    resume.save(run)
+    saves.save(run)
     path = run.folder.ckpt / f"step-{run.step:08d}"
     saved = {name: torch.zeros(t.shape, dtype=DTYPES[t.dtype]) for name, t in read_manifest(path).tensors.items()}
     entries = {
@@ -208,8 +182,8 @@ def _checkpoint(run: Run, want: Mapping[str, Any], buffers: Mapping[str, Tensor]
     persistent = run.model.state_dict().keys()
     wanted = {f"{WEIGHTS}{name}": tensor for name, tensor in want["weights"].items()}
     wanted |= {f"{WEIGHTS}{name}": tensor for name, tensor in buffers.items() if name in persistent}
-    for moment in ("exp_avg", "exp_avg_sq"):
-        wanted |= {f"optim.{moment}.{name}": tensor for name, tensor in want[moment].items()}
+    for moment, tensors in want["moments"].items():
+        wanted |= {f"optim.{moment}.{name}": tensor for name, tensor in tensors.items()}
     floor = NOISE_FLOOR * want["norm"]
     error = distances(saved, wanted, floor=floor)
     return [_close("saved tensors", error, f"{len(saved)} read back by one rank")]
@@ -217,7 +191,7 @@ def _checkpoint(run: Run, want: Mapping[str, Any], buffers: Mapping[str, Tensor]
 
 def _export(run: Run, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor], source: Path) -> list[Check]:
     """Export as the trainer does: the source's keys, shapes and dtypes, and plain Transformers loads these weights."""
-    export_run(run)
+    export_run(run, reload=False)  # it is loaded below
     have, wanted = _headers(run.folder.export), _headers(source)
     differ = sorted(key for key in have.keys() | wanted.keys() if have.get(key) != wanted.get(key))
     keys = Check(
@@ -228,8 +202,14 @@ def _export(run: Run, weights: Mapping[str, Tensor], buffers: Mapping[str, Tenso
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         run.folder.export, dtype=torch.float32, output_loading_info=True
     )
-    missing = sorted(map(str, [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]))
-    errors = [(math.inf, key) for key in missing] or distances(dict(model.named_parameters()), weights)
+    config, written = model.config.to_dict(), read_tensors(run.folder.export)
+    unknown = info["unexpected_keys"] - block_keys(config, info["unexpected_keys"]).keys()
+    missing = sorted(map(str, [*info["missing_keys"], *unknown, *info["mismatched_keys"]]))
+    blocks, copies = block_tensors(config, written)
+    loaded = dict(model.named_parameters()) | {name: t for name, t in blocks.items() if name in weights}
+    errors = [(math.inf, key) for key in missing] or distances(loaded, weights)
+    errors += [(math.inf, key) for key, own in copies.items() if not torch.equal(written[key], written[own])]
+    errors.sort(reverse=True)
     barrier()
     shutil.rmtree(run.folder.export, ignore_errors=True)
     return [keys, _close("exported weights", errors, f"{len(weights)} tensors, loaded by plain Transformers")]

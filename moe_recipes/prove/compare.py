@@ -16,8 +16,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def whole_gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter's gradient by name, whole."""
-    return {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
+    """Every parameter's gradient by name, whole, of those that have one."""
+    return {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
 
 
 def relative_error(value: Tensor, reference: Tensor, *, floor: float = 0.0) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 from moe_recipes.config.recipe import Model, Parallel, Recipe
+from moe_recipes.families import PROOF_TOLERANCE
 from moe_recipes.prove.examples import NUM_MICROBATCHES, ROWS_PER_MICROBATCH, Document, make_documents
 
 LR, EPS = 1e-2, 1e-3
@@ -21,8 +22,7 @@ step. With this one the step is a smooth function of the gradient."""
 CLIP_FACTOR = 0.25
 """The clip's limit over the true norm, so that clipping is part of the step."""
 
-TOLERANCE = 1e-5
-"""Relative, float32. Sums in another order differ by a few 1e-6 at most."""
+TOLERANCE = PROOF_TOLERANCE
 
 NOISE_FLOOR = 1e-6
 """Over the global norm: a gradient below it is rounding noise, such as that of a bias which a softmax cancels."""

@@ -22,13 +22,18 @@ def boost(model: nn.Module, *, seed: int = 0) -> None:
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             leaf = name.rpartition(".")[2]
             if leaf == "dt_bias":
-                tensor.copy_(torch.linspace(-9, 0, tensor.numel()))
+                tensor.copy_(torch.linspace(-9, 0, tensor.numel()).view_as(tensor))
             elif leaf == "A_log":
-                tensor.copy_(torch.linspace(-3, 1, tensor.numel()))
+                tensor.copy_(torch.linspace(-3, 1, tensor.numel()).view_as(tensor))
             elif leaf == "D":
                 tensor.copy_(0.1 + normal(tensor, 0.1))
             elif leaf == "e_score_correction_bias":
                 tensor.copy_(normal(tensor, 0.1))
+            elif (
+                leaf == "tid2eid"
+            ):  # DeepSeek-V4's table from token to experts, which is all zeros without a checkpoint
+                num_experts = len(model.get_submodule(name.rpartition(".")[0]).weight)
+                tensor.copy_(torch.arange(tensor.numel()).view_as(tensor) % num_experts)
             elif name.endswith("embed_tokens.weight") or name.endswith("embeddings.weight"):
                 tensor.copy_(normal(tensor, 1.0))
             elif "norm" in name.split(".")[-2] and tensor.ndim == 1:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from moe_recipes.kernels.documents import Run
-from moe_recipes.models import auto, export, export_convert, export_verify, loss, mamba
+from moe_recipes.models import auto, export, export_convert, export_plan, export_verify, loss, mamba, mtp
 from moe_recipes.moe import all_to_all, experts
 from moe_recipes.runtime.sharding import local_tensor
 from moe_recipes.train import loop, optim
@@ -124,6 +124,19 @@ def dropped_tokens() -> None:
     experts.routed_experts = all_to_all.routed_experts = wrong
 
 
+def leaking_mtp_shift() -> None:
+    mtp.same_document = lambda position_ids, depth: torch.ones_like(position_ids, dtype=torch.bool)
+
+
+def mtp_lost_on_export() -> None:
+    plain = export_plan.saved_tensors
+
+    def wrong(model: Any) -> dict[str, torch.Tensor]:
+        return {name: tensor for name, tensor in plain(model).items() if not name.startswith("mtp.")}
+
+    export_plan.saved_tensors = export_verify.saved_tensors = wrong
+
+
 INJECTIONS: dict[str, Callable[[], None]] = {
     fault.__name__: fault
     for fault in (
@@ -137,5 +150,7 @@ INJECTIONS: dict[str, Callable[[], None]] = {
         drifting_frozen_bias,
         clamped_time_step,
         dropped_tokens,
+        leaking_mtp_shift,
+        mtp_lost_on_export,
     )
 }

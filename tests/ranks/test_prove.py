@@ -1,4 +1,4 @@
-"""``moe-recipes prove``: right code passes on every layout, and each of ten faults ends with 17 and is named."""
+"""``moe-recipes prove``: right code passes on every layout, and each of twelve faults ends with 17 and is named."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from moe_recipes.launch.prove import proof_recipe
 from moe_recipes.prove import __main__ as prove_main
 from moe_recipes.prove.task import Layout
 from tests.ranks.injections import INJECTIONS
-from tests.tiny_models import tiny_config
+from tests.ranks.launch import run_on_ranks
+from tests.tiny_models import save_tiny_model, tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL_NAMES = {
@@ -76,6 +77,8 @@ FAULTS = {
     "drifting_frozen_bias": ("deepseek_v3", {}, {"frozen buffers"}, "e_score_correction_bias"),
     "clamped_time_step": ("nemotron_h", {}, {"logits", "loss"}, ""),
     "dropped_tokens": ("gpt_oss", {}, {"logits", "loss", "gradients"}, ""),
+    "leaking_mtp_shift": ("nemotron_h_mtp", {}, {"MTP loss", "MTP document isolation", "gradients"}, "other documents"),
+    "mtp_lost_on_export": ("nemotron_h_mtp", {}, {"exported keys"}, "mtp.layers.0."),
 }
 """Family, keys of ``train``, comparisons that must fail, and a word of what the report must name."""
 
@@ -98,7 +101,7 @@ def test_a_fault_is_found_and_named(fault: str, tmp_path: Path) -> None:
 
 def test_every_fault_of_the_list_is_tried() -> None:
     assert FAULTS.keys() == INJECTIONS.keys()
-    assert len(FAULTS) == 10
+    assert len(FAULTS) == 12
 
 
 @pytest.mark.slow
@@ -110,6 +113,9 @@ def test_every_fault_of_the_list_is_tried() -> None:
         ("gpt_oss", {}),
         ("nemotron_h", {}),
         ("llama", {}),
+        ("deepseek_v3_mtp", {}),
+        ("nemotron_h_mtp", {}),
+        ("nemotron_h_mtp", {"mtp_loss_coef": 0.0}),
     ],
 )
 def test_right_code_passes(family: str, train: dict, tmp_path: Path) -> None:
@@ -119,12 +125,15 @@ def test_right_code_passes(family: str, train: dict, tmp_path: Path) -> None:
     names = {check["name"] for check in record["layouts"][0]["checks"]}
     assert names >= ALL_NAMES
     assert ("load-balancing loss" in names) == ("router_aux_loss_coef" in train)
+    trains_mtp = family.endswith("_mtp") and not train
+    assert ("MTP loss" in names) == ("MTP document isolation" in names) == trains_mtp
     assert all(check["passed"] for check in record["layouts"][0]["checks"])
 
 
-def prove(*words: str) -> subprocess.CompletedProcess[str]:
+def prove(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "moe_recipes.launch.cli", "prove", *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=400)
 
 
 @pytest.mark.slow
@@ -145,6 +154,40 @@ def test_a_model_that_is_not_here_is_one_line() -> None:
     assert done.returncode == 64
     assert done.stderr.startswith("moe-recipes: error: no recipe 'nothing_of_that_name'")
     assert "Traceback" not in done.stderr
+
+
+def test_a_folder_without_a_config_is_one_line(tmp_path: Path) -> None:
+    done = prove(str(tmp_path))
+    assert done.returncode == 66
+    assert done.stderr == (
+        f"moe-recipes: error: {tmp_path}: the folder holds no config.json; name a recipe, or a model's folder\n"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "qwen3_vl_moe_text", "num_hidden_layers": 2}, "has no causal language model for it"),
+        ({"model_type": "qwen3_moe", "num_hidden_layers": 2}, "lower that width by model.config_overrides"),
+    ],
+)
+def test_a_config_that_cannot_be_proved_is_one_line(config: dict, said: str, tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "config.json").write_text(json.dumps(config))
+    done = prove(str(tmp_path / "own"), cwd=tmp_path)
+    assert done.returncode == 64
+    assert done.stderr.startswith(f"moe-recipes: error: model_type '{config['model_type']}'")
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_folder_with_weights_of_ones_own(tmp_path: Path) -> None:
+    run_on_ranks(save_tiny_model, 1, "deepseek_v3_mtp", tmp_path / "own")
+    done = prove(str(tmp_path / "own"), cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("ok   MTP document isolation") == 4
 
 
 def test_a_small_model_keeps_what_its_family_is() -> None:
