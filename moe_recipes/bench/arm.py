@@ -5,7 +5,8 @@ differs is the arm itself:
 
     ours           the trainer: its setup, its step, its optimizer, gradient clipping included
     transformers   Transformers' model, dispatcher, experts (grouped_mm), checkpointing and loss, torch's fused AdamW
-                   with states in the weights' dtype, no clipping
+                   with states in the weights' dtype, no clipping; Mamba through mamba-ssm's kernels where they are
+                   installed, with the time-step limits of its config, which Transformers 5.24 does not look at
 """
 
 from __future__ import annotations
@@ -28,9 +29,12 @@ from moe_recipes.config.recipe import Recipe
 from moe_recipes.config.resolve import recipe_from_dict
 from moe_recipes.config.run_folder import RunFolder
 from moe_recipes.data.loader import Batch, Batches, RandomRows
+from moe_recipes.models.attention import NAME as ATTENTION
 from moe_recipes.models.auto import draw_plain_model
 from moe_recipes.models.blocks import moe_blocks
 from moe_recipes.models.build import layout, load_config, read_source
+from moe_recipes.models.time_step import honour_time_step_limit
+from moe_recipes.moe.symmetric import RoutedRows
 from moe_recipes.plan.flops import peak_flops, train_flops_per_token
 from moe_recipes.runtime.world import World, barrier, join_world, max_over_ranks
 from moe_recipes.train.loop import forward_backward, train_step
@@ -68,10 +72,20 @@ def ours(recipe: Recipe, world: World, *, balanced: bool) -> tuple[Batches, Step
 
     def gradients(batches: list[Batch]) -> None:
         labels = sum(batch.num_label_tokens for batch in batches) * world.size
-        forward_backward(run, batches, num_label_tokens=labels)
+        with RoutedRows(recipe.parallel.expert_capacity_factor):
+            forward_backward(run, batches, num_label_tokens=labels)
         run.optimizer.zero_grad(set_to_none=True)
 
     return run.batches, lambda batches: train_step(run, batches), gradients
+
+
+def attention_of_transformers(recipe: Recipe, device: torch.device) -> str:
+    """The recipe's attention; Transformers' fastest of its own where the recipe names this package's. GPT-OSS has no
+    ``sdpa`` there, and no sinks in ``flex_attention`` on the CPU."""
+    asked = recipe.model.attn_implementation
+    if read_source(recipe).config.get("model_type") == "gpt_oss" and asked in (ATTENTION, "sdpa"):
+        return "flex_attention" if device.type == "cuda" else "eager"
+    return "sdpa" if asked == ATTENTION else asked
 
 
 def plain_transformers(recipe: Recipe, world: World, *, balanced: bool) -> tuple[Batches, Step, Step]:
@@ -85,9 +99,10 @@ def plain_transformers(recipe: Recipe, world: World, *, balanced: bool) -> tuple
         distributed,
         seed=recipe.train.seed,
         dtype=getattr(torch, recipe.model.dtype),
-        attn_implementation=recipe.model.attn_implementation,
+        attn_implementation=attention_of_transformers(recipe, world.device),
         experts_implementation="grouped_mm",
     )
+    honour_time_step_limit(model)
     model.train()
     if recipe.train.activation_checkpointing == "full":
         model.activation_checkpointing_enable()

@@ -10,12 +10,23 @@ import torch
 PARTS = ("grouped GEMM", "GEMM", "attention", "communication", "optimizer", "row moves", "copies", "elementwise")
 
 _SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("communication", ("nccl",)),
+    ("communication", ("nccl", "_push_kernel", "_combine_kernel", "symmetric_memory")),
     ("grouped GEMM", ("groupproblemshape", "grouped", "ptrarray")),
     ("attention", ("sdpa", "fmha", "flash", "cudnn")),
     ("GEMM", ("nvjet", "gemm", "cutlass", "cublas", "splitk")),
     ("optimizer", ("adam", "_step_kernel")),
-    ("row moves", ("_take_kernel", "_sum_kernel", "_sum_backward_kernel", "indexselect", "index_select", "gather")),
+    (
+        "row moves",
+        (
+            "_take_kernel",
+            "_sum_kernel",
+            "_sum_backward_kernel",
+            "_collect_kernel",
+            "indexselect",
+            "index_select",
+            "gather",
+        ),
+    ),
     ("copies", ("memcpy", "memset", "split_with_sizes_copy", "chunk_cat", "catarray")),
 )
 

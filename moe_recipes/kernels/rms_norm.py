@@ -14,16 +14,18 @@ MAX_PROGRAMS = 1024
 """Programs of the backward pass; each adds up one partial gradient of the weight."""
 
 
-def rms_norm_reference(x_RD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """``weight * (x / rms(x))``, normalised in float32, rounded to x's dtype before the weight, as in Transformers."""
+def rms_norm_reference(x_RD: Tensor, weight_D: Tensor, eps: float, *, rounds_first: bool = True) -> Tensor:
+    """``weight * (x / rms(x))``, normalised in float32 and rounded to x's dtype: before the weight, as most families
+    of Transformers do it, or after it, as Nemotron-H and GPT-OSS do."""
     wide = x_RD.to(torch.promote_types(x_RD.dtype, torch.float32))
-    return weight_D * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x_RD.dtype)
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight_D * normed.to(x_RD.dtype) if rounds_first else (weight_D.to(wide.dtype) * normed).to(x_RD.dtype)
 
 
 @triton.jit
 def _forward_kernel(  # type: ignore[no-untyped-def]
     x, residual, weight, out, total, scale, rows, eps,
-    ADD: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ADD: tl.constexpr, ROUND: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
@@ -34,7 +36,9 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
         value = value.to(total.dtype.element_ty).to(tl.float32)
         tl.store(total + row * D + column, value.to(total.dtype.element_ty), mask=inside)
     inverse = tl.rsqrt(tl.sum(value * value, axis=1, keep_dims=True) / D + eps)
-    normed = (value * inverse).to(out.dtype.element_ty).to(tl.float32)
+    normed = value * inverse
+    if ROUND:
+        normed = normed.to(out.dtype.element_ty).to(tl.float32)
     w = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
     tl.store(out + row * D + column, (w * normed).to(out.dtype.element_ty), mask=inside)
     tl.store(scale + row, inverse, mask=row < rows)
@@ -43,7 +47,8 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def _backward_kernel(  # type: ignore[no-untyped-def]
     grad, grad_total, x, weight, scale, grad_x, partial, rows,
-    ADD: tl.constexpr, TILES: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ADD: tl.constexpr, ROUND: tl.constexpr, TILES: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     column = tl.arange(0, BLOCK)[None, :]
@@ -56,7 +61,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         g = tl.load(grad + row * D + column, mask=inside, other=0.0).to(tl.float32)
         inverse = tl.load(scale + row, mask=row < rows, other=0.0)
         normed = value * inverse
-        total += g * normed.to(grad.dtype.element_ty).to(tl.float32)
+        total += g * (normed.to(grad.dtype.element_ty).to(tl.float32) if ROUND else normed)
         gw = g * w
         mean = tl.sum(gw * normed, axis=1, keep_dims=True) / D
         result = inverse * (gw - normed * mean)
@@ -74,7 +79,7 @@ def _tile(columns: int) -> tuple[int, int]:
 
 
 def launch_forward(
-    x_RD: Tensor, residual_RD: Tensor | None, weight_D: Tensor, eps: float
+    x_RD: Tensor, residual_RD: Tensor | None, weight_D: Tensor, eps: float, *, rounds_first: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Norm of ``x``, or of ``x + residual``: the norm, what was normalised, and float32 ``1 / rms`` of each row.
 
@@ -86,14 +91,15 @@ def launch_forward(
     tile, block = _tile(columns)
     _forward_kernel[(-(-rows // tile),)](
         x_RD, x_RD if residual_RD is None else residual_RD, weight_D, out, total, scale, rows, eps,
-        ADD=residual_RD is not None, D=columns, ROWS=tile, BLOCK=block,
+        ADD=residual_RD is not None, ROUND=rounds_first, D=columns, ROWS=tile, BLOCK=block,
     )  # fmt: skip
     return out, total, scale
 
 
 def launch_backward(
-    grad_RD: Tensor, grad_total_RD: Tensor | None, x_RD: Tensor, weight_D: Tensor, scale_R: Tensor
-) -> tuple[Tensor, Tensor]:
+    grad_RD: Tensor, grad_total_RD: Tensor | None, x_RD: Tensor, weight_D: Tensor, scale_R: Tensor, *,
+    rounds_first: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of the normalised rows, ``grad_total`` added if given, and of the weight."""
     rows, columns = x_RD.shape
     tile, block = _tile(columns)
@@ -106,29 +112,31 @@ def launch_backward(
     grad_RD = grad_RD.contiguous()
     _backward_kernel[(programs,)](
         grad_RD, grad_RD if grad_total_RD is None else grad_total_RD.contiguous(), x_RD, weight_D, scale_R, grad_x,
-        partial, rows, ADD=grad_total_RD is not None, TILES=tiles_each, D=columns, ROWS=tile, BLOCK=block,
+        partial, rows, ADD=grad_total_RD is not None, ROUND=rounds_first, TILES=tiles_each,
+        D=columns, ROWS=tile, BLOCK=block,
     )  # fmt: skip
     return grad_x, partial.sum(dim=0).to(weight_D.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_RD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        out, _, scale = launch_forward(x_RD, None, weight_D, eps)
+    def forward(ctx: Any, x_RD: Tensor, weight_D: Tensor, eps: float, rounds_first: bool) -> Tensor:
+        ctx.rounds_first = rounds_first
+        out, _, scale = launch_forward(x_RD, None, weight_D, eps, rounds_first=rounds_first)
         ctx.save_for_backward(x_RD, weight_D, scale)
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, Tensor, None]:
-        return *launch_backward(grad_RD, None, *ctx.saved_tensors), None
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        return *launch_backward(grad_RD, None, *ctx.saved_tensors, rounds_first=ctx.rounds_first), None, None
 
 
-def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float, *, rounds_first: bool = True) -> Tensor:
     """As the reference, over the last dimension of ``x`` (any shape); the gradient of the weight adds up in float32.
 
     Keeps ``x`` and one float32 a row for the backward pass.
     """
     if not use_triton(x) or x.numel() == 0 or x.dtype != weight_D.dtype:
-        return rms_norm_reference(x, weight_D, eps)
+        return rms_norm_reference(x, weight_D, eps, rounds_first=rounds_first)
     # The kernel counts on rows side by side; a slice of a wider tensor is not.
-    return _RMSNorm.apply(x.reshape(-1, x.shape[-1]).contiguous(), weight_D, eps).view(x.shape)
+    return _RMSNorm.apply(x.reshape(-1, x.shape[-1]).contiguous(), weight_D, eps, rounds_first).view(x.shape)

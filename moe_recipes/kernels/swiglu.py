@@ -1,4 +1,4 @@
-"""``silu(gate) * up`` over rows that hold gate and up side by side, in one pass each way."""
+"""``silu(gate) * up`` in one pass each way: over rows that hold gate and up side by side, or over two tensors."""
 
 from __future__ import annotations
 
@@ -146,3 +146,54 @@ def swiglu(gate_up_N2F: Tensor) -> Tensor:
     if not use_triton(gate_up_N2F) or len(gate_up_N2F) == 0:
         return swiglu_reference(gate_up_N2F)
     return _SwiGLU.apply(gate_up_N2F)
+
+
+@triton.jit
+def _pair_forward_kernel(gate, up, out, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    g = tl.load(gate + at, mask=at < count, other=0.0).to(tl.float32)
+    u = tl.load(up + at, mask=at < count, other=0.0).to(tl.float32)
+    tl.store(out + at, (g * tl.sigmoid(g) * u).to(out.dtype.element_ty), mask=at < count)
+
+
+@triton.jit
+def _pair_backward_kernel(grad, gate, up, grad_gate, grad_up, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(grad + at, mask=at < count, other=0.0).to(tl.float32)
+    g = tl.load(gate + at, mask=at < count, other=0.0).to(tl.float32)
+    u = tl.load(up + at, mask=at < count, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(g)
+    of_gate = value * u * sigmoid * (1 + g * (1 - sigmoid))
+    tl.store(grad_gate + at, of_gate.to(grad_gate.dtype.element_ty), mask=at < count)
+    tl.store(grad_up + at, (value * g * sigmoid).to(grad_up.dtype.element_ty), mask=at < count)
+
+
+_PAIR_BLOCK = 2048
+
+
+class _SwiGLUPair(torch.autograd.Function):
+    """Keeps its inputs alone."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.save_for_backward(gate, up)
+        out, count = torch.empty_like(gate), gate.numel()
+        _pair_forward_kernel[(-(-count // _PAIR_BLOCK),)](gate, up, out, count, BLOCK=_PAIR_BLOCK)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        grad_gate, grad_up, count = torch.empty_like(gate), torch.empty_like(up), gate.numel()
+        _pair_backward_kernel[(-(-count // _PAIR_BLOCK),)](
+            grad.contiguous(), gate, up, grad_gate, grad_up, count, BLOCK=_PAIR_BLOCK
+        )
+        return grad_gate, grad_up
+
+
+def swiglu_pair(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) * up`` of two tensors of one shape; float32 inside, rounded once on a GPU."""
+    if not use_triton(gate) or gate.numel() == 0 or gate.dtype != up.dtype:
+        return F.silu(gate) * up
+    return _SwiGLUPair.apply(gate, up)

@@ -12,23 +12,34 @@ from moe_recipes.kernels.triton import use_triton
 from moe_recipes.models.blocks import body_of, forward_source_of
 from moe_recipes.runtime.optimizations import Optimization
 
-STANDARD_FORWARD = """\
+_NORMALISED = """\
 input_dtype = hidden_states.dtype
 hidden_states = hidden_states.to(torch.float32)
 variance = hidden_states.pow(2).mean(-1, keepdim=True)
 hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
-return self.weight * hidden_states.to(input_dtype)"""
+"""
+STANDARD_FORWARD = f"{_NORMALISED}return self.weight * hidden_states.to(input_dtype)"
+WIDE_FORWARDS = (
+    f"{_NORMALISED}return (self.weight * hidden_states).to(input_dtype)",
+    f"{_NORMALISED}return (self.weight.to(torch.float32) * hidden_states).to(input_dtype)",
+)
+"""Rounded once, after the weight: GPT-OSS and Nemotron-H."""
 
 
 @functools.cache  # asked for every call of a fused block
-def _computes_rms_norm(kind: type[nn.Module]) -> bool:
+def _source(kind: type[nn.Module]) -> str:
     function = forward_source_of(kind)
-    return function is not None and body_of(function) == STANDARD_FORWARD
+    return "" if function is None else body_of(function)
+
+
+def _computes_rms_norm(kind: type[nn.Module]) -> bool:
+    return _source(kind) == STANDARD_FORWARD
 
 
 def is_standard(module: nn.Module) -> bool:
-    """True if the module's class has exactly the forward that the kernel replaces."""
-    return hasattr(module, "variance_epsilon") and "forward" not in module.__dict__ and _computes_rms_norm(type(module))
+    """True if the module's class has exactly a forward that the kernel replaces."""
+    known = _source(type(module)) in (STANDARD_FORWARD, *WIDE_FORWARDS)
+    return hasattr(module, "variance_epsilon") and "forward" not in module.__dict__ and known
 
 
 def runs_alone(norm: nn.Module) -> bool:
@@ -50,7 +61,8 @@ class _FusedForward:
     def __call__(self, hidden_states: Tensor) -> Tensor:
         norm = self.norm
         if use_triton(hidden_states) and hidden_states.dtype == norm.weight.dtype:
-            return rms_norm(hidden_states, norm.weight, norm.variance_epsilon)
+            rounds_first = _computes_rms_norm(type(norm))
+            return rms_norm(hidden_states, norm.weight, norm.variance_epsilon, rounds_first=rounds_first)
         return type(norm).forward(norm, hidden_states)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, masking_utils
 
+from moe_recipes.models.attention import borders_given
 from moe_recipes.models.blocks import forward_source
 
 _STATE = re.compile(r"mamba|deltanet|rglru|rwkv|recurrent|linearattention|lightning|shortconv", re.IGNORECASE)
@@ -38,7 +39,8 @@ def borders_found_on_the_host(position_ids_BS: Tensor, device: torch.device) -> 
     on_device = None if documents_BS is None else documents_BS.to(device, non_blocking=True)
     masking_utils.find_packed_sequence_indices = lambda position_ids: on_device
     try:
-        yield
+        with borders_given(documents_BS, device):
+            yield
     finally:
         masking_utils.find_packed_sequence_indices = find
 

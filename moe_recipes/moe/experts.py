@@ -6,16 +6,20 @@ them: gate or none, bias or none, transposed weights, interleaved gates, a norm 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.integrations.moe import _default_apply_gate, grouped_mm_experts_forward
 
+from moe_recipes.kernels.clamped_swiglu import ClampedSwiglu, clamped_swiglu_reference
+from moe_recipes.kernels.relu2 import relu2
 from moe_recipes.kernels.rows import RowMap, make_row_map, sum_rows, take_rows
 from moe_recipes.kernels.swiglu import swiglu
-from moe_recipes.moe.gated_experts import gated_experts
+from moe_recipes.moe.gated_experts import RELU2, SWIGLU, Activation, Biases, clamped, gated_experts
 from moe_recipes.moe.recompute import kept_once
 
 
@@ -67,10 +71,38 @@ def _is_swiglu(experts: nn.Module) -> bool:
     return isinstance(experts.act_fn, nn.SiLU) or type(experts.act_fn).__name__ == "SiLUActivation"
 
 
+def _is_relu2(experts: nn.Module) -> bool:
+    return not experts.has_gate and type(experts.act_fn).__name__ == "ReLUSquaredActivation"
+
+
+@functools.cache
+def _is_clamped(kind: type[nn.Module], alpha: float, limit: float) -> bool:
+    """True if the class's gate is the one that ``kernels/clamped_swiglu.py`` computes, on values around its limits."""
+    with torch.device("cpu"), torch.no_grad():
+        row = torch.linspace(-2 * limit, 2 * limit, 34).view(1, 34)
+        numbers = ClampedSwiglu(alpha=alpha, limit=limit)
+        wanted = clamped_swiglu_reference(row, torch.zeros_like(row), torch.zeros(1), numbers)
+        return torch.allclose(kind._apply_gate(SimpleNamespace(alpha=alpha, limit=limit), row), wanted, atol=1e-5)
+
+
+def fused_activation(experts: nn.Module) -> Activation | None:
+    """What the one autograd function of ``moe/gated_experts.py`` computes these experts with; None where it cannot."""
+    if getattr(experts, "has_post_expert_norm", False):
+        return None
+    if not experts.has_bias:
+        return SWIGLU if _is_swiglu(experts) else RELU2 if _is_relu2(experts) else None
+    alpha, limit = getattr(experts, "alpha", None), getattr(experts, "limit", None)
+    if not experts.has_gate or experts.is_concatenated or alpha is None or limit is None:
+        return None
+    return clamped(alpha=alpha, limit=limit) if _is_clamped(type(experts), alpha, limit) else None
+
+
 def _activate(experts: nn.Module, hidden_NF: Tensor) -> Tensor:
     """The module's own activation, through the fused kernel where there is one."""
     if _is_swiglu(experts):
         return swiglu(hidden_NF)
+    if _is_relu2(experts):
+        return relu2(hidden_NF)
     return experts._apply_gate(hidden_NF) if experts.has_gate else experts.act_fn(hidden_NF)
 
 
@@ -107,15 +139,22 @@ def routed_experts(
         num_rows: the number of slots that are here, if the host knows it; otherwise all.
     """
     order = kept_once(lambda: sort_by_expert(local_index_TK, num_experts=experts.num_experts, num_rows=num_rows))
-    if _is_swiglu(experts) and not experts.has_bias and not getattr(experts, "has_post_expert_norm", False):
+    activation = fused_activation(experts)
+    if activation is not None:
+        names = ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj")
+        biases = None
+        if experts.has_bias:
+            up_bias, down_bias = (getattr(experts, f"{name}_bias") for name in names)
+            biases = Biases(up_eH=up_bias, down_eD=down_bias, expert_N=order.expert_N)
         return gated_experts(
             x_TD,
             weight_TK,
-            experts.gate_up_proj,
-            experts.down_proj,
+            *(getattr(experts, name) for name in names),
             rows=order.rows,
             ends_e=order.ends_e,
             transposed=experts.is_transposed,
+            activation=activation,
+            biases=biases,
         )
     y_ND = expert_mlp(experts, take_rows(x_TD, order.rows), order)
     return sum_rows(y_ND, order.rows, weight_TJ=weight_TK).to(x_TD.dtype)

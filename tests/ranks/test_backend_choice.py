@@ -13,7 +13,6 @@ from tests.ranks.launch import run_on_ranks
 from tests.tiny_models import save_tiny_model, tiny_config
 
 CHOICES = [
-    ("gpt_oss", "sdpa", "moe_recipes", r"^model\.attn_implementation=sdpa: GptOss.* does not support .*eager"),
     ("qwen3_moe", "flash", "moe_recipes", r"^model\.attn_implementation=flash: .*flash"),
     ("qwen3_moe", "flash_attention_2", "moe_recipes", r"^model\.attn_implementation=flash_attention_2: "),
     ("qwen3_moe", "sdpa", "fast", r"^kernels\.experts=fast: .*fast.*; set kernels\.experts: moe_recipes"),

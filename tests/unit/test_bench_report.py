@@ -5,16 +5,31 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from moe_recipes.bench.report import PAGES, replaced, table
+from moe_recipes.bench.report import PAGES, TABLES, parts_table, replaced, table
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_pages_show_what_the_files_say():
-    text = table(ROOT / "benchmarks")
-    for name in PAGES:
-        page = (ROOT / name).read_text()
-        assert page == replaced(page, text), f"{name}: run `python -m moe_recipes.bench.report --write`"
+    for name, pages in PAGES.items():
+        text = TABLES[name](ROOT / "benchmarks")
+        for page in pages:
+            found = (ROOT / page).read_text()
+            assert f"<!-- {name}: begin -->" in found
+            assert found == replaced(found, text, name), f"{page}: run `python -m moe_recipes.bench.report --write`"
+
+
+def test_the_bound_is_that_of_the_products_alone(tmp_path):
+    parts = dict.fromkeys(("communication", "row moves", "elementwise", "copies", "optimizer", "idle"), 25.0)
+    parts |= {"grouped GEMM": 20.0, "GEMM": 20.0, "attention": 10.0, "span": 200.0}
+    result = {"arm": "ours", "ep_size": 2, "micro_batch_size": 4, "parts_ms": parts}
+    result |= {"tokens_per_s_per_gpu": 1000.0, "step_s": 0.2}
+    card = {
+        "results": [result, {"arm": "transformers", "failed": "x"}],
+        "manifest": {"recipe": {"name": "r", "parallel": {}}},
+    }
+    (tmp_path / "a.json").write_text(json.dumps(card))
+    assert "| `r` | ours | 2 | 4 | 1,000 | 4,000 | 20 | 20 | 10 | 25 |" in parts_table(tmp_path)
 
 
 def test_table_computes_the_ratio_from_the_file(tmp_path):
