@@ -8,10 +8,10 @@ from typing import Any
 
 from moe_recipes.config.errors import RecipeError
 from moe_recipes.config.recipe import Recipe
+from moe_recipes.families import EXPERT_COUNT_KEYS, PUBLISHED, family_of
 
 PACKAGE_PREFIX = "package:"
 HUB_DATA_PREFIX = "hf:"
-EXPERT_COUNT_KEYS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 LARGEST_RATE = 1e30
 """Beyond this a float32 update is no number any more; a run that needs less than that to diverge ends with 17."""
 
@@ -47,6 +47,7 @@ def _check_ranges(recipe: Recipe) -> None:
         "parallel.fsdp_size": (parallel.fsdp_size, 1),
         "parallel.ep_size": (parallel.ep_size, 1),
         "parallel.dp_replicate_size": (parallel.dp_replicate_size, 1),
+        "parallel.expert_capacity_factor": (parallel.expert_capacity_factor, 0.01),
         "data.seq_len": (data.seq_len, 2),
         "train.steps": (train.steps, 1),
         "train.micro_batch_size": (train.micro_batch_size, 1),
@@ -59,6 +60,7 @@ def _check_ranges(recipe: Recipe) -> None:
         "optim.max_grad_norm": (optim.max_grad_norm, 0),
         "checkpoint.every_steps": (checkpoint.every_steps, 0),
         "checkpoint.keep_last": (checkpoint.keep_last, 1),
+        "checkpoint.keep_best": (checkpoint.keep_best, 0),
         "log.every_steps": (log.every_steps, 1),
         "log.expert_load_every_steps": (log.expert_load_every_steps, 0),
         "kernels.loss_chunk_tokens": (recipe.kernels.loss_chunk_tokens, 1),
@@ -73,6 +75,8 @@ def _check_ranges(recipe: Recipe) -> None:
         number = getattr(train, name)
         if number is not None and not 0 <= number <= 1:
             raise RecipeError(f"train.{name}={number} must lie between 0 and 1")
+    if checkpoint.mtbf_hours is not None and not 0 < checkpoint.mtbf_hours < 1e6:
+        raise RecipeError(f"checkpoint.mtbf_hours={checkpoint.mtbf_hours} must be more than 0 and less than a million")
     if not 0 <= optim.min_lr_ratio <= 1:
         raise RecipeError(f"optim.min_lr_ratio={optim.min_lr_ratio} must lie between 0 and 1")
     if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
@@ -140,8 +144,10 @@ def check_model_config(recipe: Recipe, model_config: Mapping[str, Any]) -> None:
     Args:
         model_config: config.json with ``model.config_overrides`` applied.
     Raises:
-        RecipeError: the experts cannot be spread over ``ep_size`` ranks, or a row is longer than the model's positions.
+        RecipeError: another family than the published model's, experts that cannot be spread over ``ep_size`` ranks,
+            or a row that is longer than the model's positions.
     """
+    _check_family(recipe, model_config)
     text_config = model_config.get("text_config")
     config = {**model_config, **(text_config if isinstance(text_config, Mapping) else {})}
     ep_size, source = recipe.parallel.ep_size, recipe.model.source
@@ -165,6 +171,15 @@ def check_model_config(recipe: Recipe, model_config: Mapping[str, Any]) -> None:
         )
 
 
+def _check_family(recipe: Recipe, model_config: Mapping[str, Any]) -> None:
+    family, source = family_of(model_config), recipe.model.source
+    if source in PUBLISHED and (family is None or PUBLISHED[source] not in family.published):
+        raise RecipeError(
+            f"model.source={source!r} has a config.json of model_type {model_config.get('model_type')!r}, which is not"
+            " that model's; fetch the model again"
+        )
+
+
 def recipe_notes(recipe: Recipe) -> list[str]:
     """What is allowed but rarely meant, one line each; the command line shows them."""
     notes = []
@@ -173,6 +188,8 @@ def recipe_notes(recipe: Recipe) -> list[str]:
             "optim.name=adamw on bfloat16 weights rounds small updates away; use optim.name: lean_adamw or"
             " model.dtype: float32"
         )
+    if recipe.checkpoint.keep_best and not recipe.train.validate_every_steps:
+        notes.append("checkpoint.keep_best keeps none without validation losses; set train.validate_every_steps")
     if recipe.checkpoint.every_steps == 0 and not recipe.checkpoint.save_last:
         notes.append("no checkpoint is saved unless the run is asked to stop; set checkpoint.every_steps")
     return notes

@@ -171,9 +171,16 @@ def rank_batches(family: str) -> list[Batch]:
 
 
 def build_run(
-    weights: Path, *, ep_size: int = 1, dp_replicate_size: int = 1, checkpointing: str = "none", **train: Any
+    weights: Path,
+    *,
+    ep_size: int = 1,
+    dp_replicate_size: int = 1,
+    checkpointing: str = "none",
+    dispatch: dict[str, Any] | None = None,
+    **train: Any,
 ) -> Run:
-    """The trainer's own set-up on these ranks, for handmade batches. ``train`` adds to that section of the recipe."""
+    """The trainer's own set-up on these ranks, for handmade batches. ``train`` and ``dispatch`` add to the recipe's
+    sections ``train`` and ``parallel``."""
     ranks = dist.get_world_size()
     folder = RunFolder(tempfile.mkdtemp())
     config_type = transformers.AutoConfig.from_pretrained(weights).model_type
@@ -184,7 +191,12 @@ def build_run(
             dtype="float32",
             attn_implementation="eager" if config_type in EAGER_ATTENTION else "sdpa",
         ),
-        parallel=Parallel(fsdp_size=ranks // dp_replicate_size, ep_size=ep_size, dp_replicate_size=dp_replicate_size),
+        parallel=Parallel(
+            fsdp_size=ranks // dp_replicate_size,
+            ep_size=ep_size,
+            dp_replicate_size=dp_replicate_size,
+            **(dispatch or {}),
+        ),
         data=Data(seq_len=SEQ_LEN, format="random_tokens"),
         optim=Optim(lr=LR, eps=EPS, betas=BETAS, weight_decay=DECAY, schedule="constant", max_grad_norm=CLIP),
         train=Train(
