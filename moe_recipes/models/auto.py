@@ -20,20 +20,20 @@ from transformers.distributed import DistributedConfig
 from moe_recipes.config.errors import RecipeError
 from moe_recipes.models.attention import choose_attention, report_attention
 from moe_recipes.models.blocks import moe_blocks
-from moe_recipes.models.conversions import note_conversions
 from moe_recipes.models.disk_keys import accept_disk_keys
 from moe_recipes.models.documents import pass_documents
 from moe_recipes.models.expert_plan import only_experts_in_plan
 from moe_recipes.models.float32_kept import float32_kept
-from moe_recipes.models.fused_attention import fuse_attention
-from moe_recipes.models.fused_gpt_oss import fuse_gpt_oss
-from moe_recipes.models.fused_mla import fuse_mla
-from moe_recipes.models.fused_mlp import fuse_mlps
-from moe_recipes.models.fused_norms import fuse_norms
-from moe_recipes.models.fused_residual import fuse_residual
-from moe_recipes.models.load_warnings import warn_of_code
+from moe_recipes.models.fused.attention import fuse_attention
+from moe_recipes.models.fused.gpt_oss import fuse_gpt_oss
+from moe_recipes.models.fused.mla import fuse_mla
+from moe_recipes.models.fused.mlp import fuse_mlps
+from moe_recipes.models.fused.norms import fuse_norms
+from moe_recipes.models.fused.residual import fuse_residual
+from moe_recipes.models.loading.conversions import note_conversions
+from moe_recipes.models.loading.mixed_rows import mixed_rows_read_whole
+from moe_recipes.models.loading.warnings import warn_of_code
 from moe_recipes.models.mamba import lean_mamba
-from moe_recipes.models.mixed_rows import mixed_rows_read_whole
 from moe_recipes.models.mtp_kept import keep_frozen, mtp_kept
 from moe_recipes.models.sharded_init import initialize_shards
 from moe_recipes.models.time_step import honour_time_step_limit

@@ -28,11 +28,11 @@ from moe_recipes.config.errors import MissingInputError, RecipeError, first_line
 from moe_recipes.config.model_config import find_model_config, read_model_config
 from moe_recipes.config.recipe import Recipe
 from moe_recipes.models.auto import AutoModelForCausalLM
-from moe_recipes.models.load import load_weights
-from moe_recipes.models.load_files import open_weights
-from moe_recipes.models.load_plan import SeveralAtOnceError
-from moe_recipes.models.load_stored import Quantization
-from moe_recipes.models.load_whole import from_pretrained_whole
+from moe_recipes.models.loading.files import open_weights
+from moe_recipes.models.loading.load import load_weights
+from moe_recipes.models.loading.plan import SeveralAtOnceError
+from moe_recipes.models.loading.stored import Quantization
+from moe_recipes.models.loading.whole import from_pretrained_whole
 from moe_recipes.models.mtp import mtp_attached
 
 logger = logging.getLogger("moe_recipes")

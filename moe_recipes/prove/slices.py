@@ -12,10 +12,10 @@ import torch
 from transformers import PreTrainedModel
 
 from moe_recipes.config.errors import MissingInputError, RecipeError
-from moe_recipes.models.export_plan import saved_tensors
-from moe_recipes.models.load_files import WeightFiles, open_weights
-from moe_recipes.models.load_plan import Load, plan_loads
-from moe_recipes.models.load_stored import Quantization, Stored, stored_rows, stored_shapes
+from moe_recipes.models.exporting.plan import saved_tensors
+from moe_recipes.models.loading.files import WeightFiles, open_weights
+from moe_recipes.models.loading.plan import Load, plan_loads
+from moe_recipes.models.loading.stored import Quantization, Stored, stored_rows, stored_shapes
 from moe_recipes.prove.ownership import Held, holders
 from moe_recipes.runtime.safetensors_file import Place
 

@@ -20,8 +20,8 @@ from moe_recipes.config.resolve import recipe_from_dict
 from moe_recipes.config.run_folder import RunFolder
 from moe_recipes.models.build import read_source
 from moe_recipes.models.check_export import PROBE
-from moe_recipes.models.export import ExportReport, export_model
-from moe_recipes.models.export_reload import UNCERTIFIED, certificate
+from moe_recipes.models.exporting.export import ExportReport, export_model
+from moe_recipes.models.exporting.reload import UNCERTIFIED, certificate
 from moe_recipes.runtime.files import replace_durably
 from moe_recipes.runtime.sharding import local_tensor, reshard
 from moe_recipes.runtime.versions import check_versions

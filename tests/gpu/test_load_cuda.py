@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moe_recipes.models import load_stored
-from moe_recipes.models.load_files import open_weights
-from moe_recipes.models.load_stored import Quantization, Reader, find_stored
+from moe_recipes.models.loading import stored as load_stored
+from moe_recipes.models.loading.files import open_weights
+from moe_recipes.models.loading.stored import Quantization, Reader, find_stored
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 

@@ -10,7 +10,11 @@ import torch
 import torch.distributed as dist
 
 from moe_recipes.kernels.documents import Run
-from moe_recipes.models import auto, export, export_convert, export_plan, export_verify, loss, mamba, mtp
+from moe_recipes.models import auto, loss, mamba, mtp
+from moe_recipes.models.exporting import convert as export_convert
+from moe_recipes.models.exporting import export
+from moe_recipes.models.exporting import plan as export_plan
+from moe_recipes.models.exporting import verify as export_verify
 from moe_recipes.moe import all_to_all, experts
 from moe_recipes.runtime.sharding import local_tensor
 from moe_recipes.train import loop, optim

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -150,6 +149,22 @@ def test_loads_at_any_layout_and_rank_count(tmp_path, saved, loaded):
         run_on_ranks(load_layouts, ranks, tmp_path, layouts, saved[0])
 
 
+ALL_LAYOUTS = [
+    (replicate * efsdp * ep, replicate, efsdp, ep) for ep in (1, 2, 4) for efsdp in (1, 2) for replicate in (1, 2)
+]
+"""ep x efsdp x replicas, up to 16 ranks."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("saved", ALL_LAYOUTS, ids=str)
+def test_every_layout_loads_what_every_other_saved(tmp_path, saved):
+    run_on_ranks(save_layout, saved[0], tmp_path, saved[1:])
+    assert verify_checkpoint(tmp_path / "step-00000001", hashes=True) == []
+    for ranks in sorted({layout[0] for layout in ALL_LAYOUTS}):
+        layouts = [layout[1:] for layout in ALL_LAYOUTS if layout[0] == ranks]
+        run_on_ranks(load_layouts, ranks, tmp_path, layouts, saved[0])
+
+
 def local_entry(rows_a_rank: int, opaque: bool = False) -> dict[str, Entry]:
     from moe_recipes.runtime.sharding import Rows
 
@@ -232,13 +247,14 @@ def test_a_bug_on_one_rank_reaches_all(tmp_path):
 def save_and_die(folder: Path, dying_rank: int, at: int) -> None:
     """One rank dies at its ``at``-th call that changes the disk; the others see the group break."""
     save(folder, 1, local_entry(4))
-    calls = 0
+    calls, real_mkdir = 0, os.mkdir
 
     def counted(real):
         def call(*args, **keywords):
             nonlocal calls
             calls += 1
             if dist.get_rank() == dying_rank and calls == at:
+                real_mkdir(folder / "killed")
                 os._exit(9)
             return real(*args, **keywords)
 
@@ -246,7 +262,6 @@ def save_and_die(folder: Path, dying_rank: int, at: int) -> None:
 
     for name in ("mkdir", "pwrite", "write", "fsync", "rename", "replace"):
         setattr(os, name, counted(getattr(os, name)))
-    dist.distributed_c10d._get_default_group()._set_default_timeout(timedelta(seconds=10))
     save(folder, 2, local_entry(4))
 
 
@@ -254,6 +269,7 @@ def save_and_die(folder: Path, dying_rank: int, at: int) -> None:
 def test_a_rank_that_dies_leaves_the_old_checkpoint(tmp_path, dying_rank, at):
     with pytest.raises(AssertionError, match=r"ranks? (\d )?of \d"):
         run_on_ranks(save_and_die, 2, tmp_path, dying_rank, at)
+    assert (tmp_path / "killed").exists()
     found = latest_checkpoint(tmp_path)
     assert found.name in ("step-00000001", "step-00000002")
     assert verify_checkpoint(found, hashes=True) == []

@@ -9,7 +9,7 @@ from transformers import core_model_loading as loading
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from moe_recipes.models.mixed_rows import mixes_rows
+from moe_recipes.models.loading.mixed_rows import mixes_rows
 from tests.ranks.every_model import pages_rows, row_of, walk
 from tests.small_configs import plan_bearing
 

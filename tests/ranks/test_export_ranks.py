@@ -23,8 +23,8 @@ from transformers.distributed import DistributedConfig
 
 from moe_recipes.config.errors import CannotWriteError, MissingInputError
 from moe_recipes.models.auto import AutoModelForCausalLM as OwnAutoModel
-from moe_recipes.models.export import ExportReport, export_model
-from moe_recipes.models.export_verify import verify_export
+from moe_recipes.models.exporting.export import ExportReport, export_model
+from moe_recipes.models.exporting.verify import verify_export
 from moe_recipes.runtime.sharding import local_rows, local_tensor
 from tests.ranks.launch import RanksFailedError, run_on_ranks
 from tests.tiny_models import save_tiny_model

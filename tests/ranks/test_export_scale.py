@@ -21,7 +21,7 @@ from transformers.distributed import DistributedConfig
 from moe_recipes.config.recipe import Data, Model, Optim, Parallel, Recipe, Train
 from moe_recipes.models.auto import AutoModelForCausalLM
 from moe_recipes.models.build import build_model, read_source
-from moe_recipes.models.export import export_model
+from moe_recipes.models.exporting.export import export_model
 from moe_recipes.prove import ranks
 from moe_recipes.runtime.sharding import local_rows, local_tensor
 from tests.ranks.launch import run_on_ranks

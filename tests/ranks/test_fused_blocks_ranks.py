@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from torch.distributed.fsdp import FSDPModule
 
-from moe_recipes.models import fused_attention, fused_residual
+from moe_recipes.models.fused import attention as fused_attention
+from moe_recipes.models.fused import residual as fused_residual
 from moe_recipes.train.loop import forward_backward
 from tests.ranks.launch import run_on_ranks
 from tests.ranks.parity import NUM_MICROBATCHES, build_run, rank_batches, save_weights

@@ -15,11 +15,11 @@ import torch
 from transformers import LlamaConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
-from moe_recipes.models import load_stored
 from moe_recipes.models.auto import AutoModelForCausalLM
-from moe_recipes.models.load import load_weights, report_of
-from moe_recipes.models.load_files import open_weights
-from moe_recipes.models.load_stored import WINDOW_BYTES, Quantization, Reader, find_stored
+from moe_recipes.models.loading import stored as load_stored
+from moe_recipes.models.loading.files import open_weights
+from moe_recipes.models.loading.load import load_weights, report_of
+from moe_recipes.models.loading.stored import WINDOW_BYTES, Quantization, Reader, find_stored
 from moe_recipes.runtime.safetensors_file import create_file, plan_header
 from moe_recipes.runtime.sharding import local_tensor
 from tests.ranks.launch import RanksFailedError, run_on_ranks

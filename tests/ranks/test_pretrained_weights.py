@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from moe_recipes.config.errors import EXIT_CORRUPT_CHECKPOINT, CorruptCheckpointError, OtherRankError, RecipeError
 from moe_recipes.config.recipe import Data, Model, Optim, Parallel, Recipe, Train
-from moe_recipes.models import load
 from moe_recipes.models.build import build_model, load_config, read_source
-from moe_recipes.models.load import report_of
+from moe_recipes.models.loading import load
+from moe_recipes.models.loading.load import report_of
 from moe_recipes.runtime.sharding import local_rows, local_tensor
 from tests.ranks.launch import run_on_ranks
 from tests.ranks.test_mtp import fused

@@ -18,7 +18,7 @@ from moe_recipes.config.errors import EXIT_CORRUPT_CHECKPOINT, CorruptCheckpoint
 from moe_recipes.config.recipe import Data, Model, Optim, Parallel, Recipe, Train
 from moe_recipes.config.run_folder import RunFolder
 from moe_recipes.models.build import build_model, quantization_of, read_source
-from moe_recipes.models.load import report_of
+from moe_recipes.models.loading.load import report_of
 from moe_recipes.runtime.sharding import local_rows, local_tensor
 from tests.ranks.launch import run_on_ranks
 from tests.ranks.runs import VOCAB_SIZE, train, write_task

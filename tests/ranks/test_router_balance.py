@@ -15,8 +15,9 @@ from moe_recipes.config.errors import RecipeError
 from moe_recipes.config.run_folder import RunFolder
 from moe_recipes.models.blocks import moe_blocks
 from moe_recipes.train.loop import balance_record, train_step
-from moe_recipes.train.resume import resume, save
+from moe_recipes.train.resume import resume
 from moe_recipes.train.run import Run
+from moe_recipes.train.saves import save
 from tests.ranks.launch import run_on_ranks
 from tests.ranks.parity import (
     CLIP,

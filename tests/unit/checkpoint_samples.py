@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 
 from moe_recipes.checkpoint.store import Entry, load_checkpoint, save_checkpoint, verify_checkpoint
@@ -65,3 +69,31 @@ def assert_holds(path, step) -> None:
 
 def shard(path):
     return path / "rank-00000.safetensors"
+
+
+def save_from_two(folder, step, entries):
+    """A checkpoint that two ranks wrote, as threads of this process; ``entries`` are those of each."""
+    meeting, said = threading.Barrier(2), [True, True]
+
+    def agree(rank, flag):
+        said[rank] = flag
+        meeting.wait()
+        both = all(said)
+        meeting.wait()
+        return both
+
+    with ThreadPoolExecutor(max_workers=2) as ranks:
+        saves = [
+            ranks.submit(
+                save,
+                folder,
+                step,
+                entries[rank],
+                rank=rank,
+                num_ranks=2,
+                barrier=meeting.wait,
+                agree=functools.partial(agree, rank),
+            )
+            for rank in (0, 1)
+        ]
+        return max(done.result() for done in saves)

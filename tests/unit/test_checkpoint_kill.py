@@ -6,13 +6,15 @@ import errno
 import os
 import resource
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from moe_recipes.checkpoint.store import latest_checkpoint, prune_checkpoints, verify_checkpoint
+from moe_recipes.checkpoint.staging import Staging
+from moe_recipes.checkpoint.store import latest_checkpoint, prune_checkpoints, step_of, verify_checkpoint
 from moe_recipes.config.errors import CannotWriteError
-from tests.unit.checkpoint_samples import assert_holds, save, whole
+from tests.unit.checkpoint_samples import assert_holds, sample, save, whole
 
 
 def in_child(action) -> int:
@@ -78,8 +80,18 @@ def disk_full(real, *args):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("step", [2, 3])
-def test_killed_at_any_call_a_whole_checkpoint_remains(tmp_path, step):
+def save_beside(folder, step):
+    """From copies in host memory, in a thread, as an asynchronous save does."""
+    entries = sample(step)
+    copied = Staging(entries).copy(entries)
+    for entry in entries.values():
+        entry.tensor.zero_()
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(save, folder, step, copied).result()
+
+
+@pytest.mark.parametrize(("step", "saves"), [(2, save), (3, save), (3, save_beside)])
+def test_kill_point_at_any_call_a_whole_checkpoint_remains(tmp_path, step, saves):
     """Step 3 is new; step 2 replaces a folder that is there. Pruning follows, as in the trainer."""
     for at in range(1, 200):
         folder = tmp_path / str(at)
@@ -88,7 +100,7 @@ def test_killed_at_any_call_a_whole_checkpoint_remains(tmp_path, step):
 
         def save_and_prune(folder=folder, at=at):
             Countdown(at, die)
-            save(folder, step)
+            saves(folder, step)
             prune_checkpoints(folder, keep_last=1, protect=[])
 
         status = in_child(save_and_prune)
@@ -96,6 +108,9 @@ def test_killed_at_any_call_a_whole_checkpoint_remains(tmp_path, step):
         found = latest_checkpoint(folder)
         assert found.name.split(".")[0] in ("step-00000002", f"step-0000000{step}")
         assert_holds(found, int(found.name[5:13]))
+        pointed = folder / (folder / "latest").read_text().strip()
+        # Replacing a step, its old folder has another name for a moment, which a resume knows.
+        assert_holds(pointed if pointed.exists() else next(folder.glob(f"{pointed.name}.replaced-*")), step_of(pointed))
         assert_holds(save(folder, 4), 4)
         left = sorted(os.listdir(folder))
         assert left[0] == "latest"

@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import FineGrainedFP8Config
 
 from moe_recipes import AutoModelForCausalLM
 from moe_recipes.models.auto import _finish, enable_activation_checkpointing
-from moe_recipes.models.load_warnings import warn_of_code
+from moe_recipes.models.loading.warnings import warn_of_code
 from tests.tiny_models import save_tiny_model, tiny_config
 
 IDS = torch.arange(48).mul(37).remainder(256).view(2, 24)

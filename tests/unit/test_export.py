@@ -22,11 +22,11 @@ from moe_recipes.config.errors import (
     NotFiniteError,
     RecipeError,
 )
-from moe_recipes.models import export_folder
-from moe_recipes.models.export import ExportReport, export_model
-from moe_recipes.models.export_folder import without_top_key
-from moe_recipes.models.export_plan import plan_export, spec_bytes
-from moe_recipes.models.export_verify import verify_export
+from moe_recipes.models.exporting import folder as export_folder
+from moe_recipes.models.exporting.export import ExportReport, export_model
+from moe_recipes.models.exporting.folder import without_top_key
+from moe_recipes.models.exporting.plan import plan_export, spec_bytes
+from moe_recipes.models.exporting.verify import verify_export
 from tests.tiny_models import save_tiny_model, tiny_config
 
 FAMILIES = ("qwen3_moe", "deepseek_v3", "nemotron_h", "gpt_oss", "llama", "llama_tied")

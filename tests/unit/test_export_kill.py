@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moe_recipes.config.errors import CannotWriteError
-from moe_recipes.models.export import export_model
-from moe_recipes.models.export_folder import old_folder
-from moe_recipes.models.export_verify import verify_export
+from moe_recipes.models.exporting.export import export_model
+from moe_recipes.models.exporting.folder import old_folder
+from moe_recipes.models.exporting.verify import verify_export
 from tests.tiny_models import tiny_config
 
 SYSTEM_CALLS = ("mkdir", "open", "ftruncate", "pwrite", "write", "fsync", "rename", "rmdir", "unlink")

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from moe_recipes.config.errors import DoesNotFitError, MissingInputError, NotFiniteError
 from moe_recipes.models.auto import AutoModelForCausalLM
 from moe_recipes.models.check_export import BOUNDS, PROBE, accept, bounds_of, compare_logits, load
-from moe_recipes.models.export import export_model
-from moe_recipes.models.export_reload import LIMIT_GIB, UNCERTIFIED, certificate, free_bytes, needed_bytes
+from moe_recipes.models.exporting.export import export_model
+from moe_recipes.models.exporting.reload import LIMIT_GIB, UNCERTIFIED, certificate, free_bytes, needed_bytes
 from moe_recipes.train.export_run import report_lines
 from tests.tiny_models import save_tiny_model
 

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from moe_recipes.config.errors import CorruptCheckpointError, MissingInputError, NotFiniteError
 from moe_recipes.models.auto import AutoModelForCausalLM
-from moe_recipes.models.export import ExportReport, export_model
-from moe_recipes.models.export_source import check_like_source, dequantised
+from moe_recipes.models.exporting.export import ExportReport, export_model
+from moe_recipes.models.exporting.source import check_like_source, dequantised
 from tests.tiny_models import save_tiny_model, tiny_config
 
 

@@ -13,12 +13,13 @@ import torch
 import transformers
 from transformers.models.qwen3_moe import modeling_qwen3_moe as hf
 
-from moe_recipes.models import fused_attention, fused_residual
 from moe_recipes.models.auto import enable_activation_checkpointing
 from moe_recipes.models.blocks import fingerprint
-from moe_recipes.models.fused_attention import fuse_attention
-from moe_recipes.models.fused_norms import fuse_norms
-from moe_recipes.models.fused_residual import fuse_residual
+from moe_recipes.models.fused import attention as fused_attention
+from moe_recipes.models.fused import residual as fused_residual
+from moe_recipes.models.fused.attention import fuse_attention
+from moe_recipes.models.fused.norms import fuse_norms
+from moe_recipes.models.fused.residual import fuse_residual
 from tests.tiny_models import tiny_config
 
 IDS = torch.arange(48).mul(37).remainder(256).view(2, 24)

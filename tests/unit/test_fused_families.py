@@ -9,8 +9,10 @@ import pytest
 import torch
 import transformers
 
-from moe_recipes.models import fused_gpt_oss, fused_mla, fused_mlp
 from moe_recipes.models.blocks import modules_of_class
+from moe_recipes.models.fused import gpt_oss as fused_gpt_oss
+from moe_recipes.models.fused import mla as fused_mla
+from moe_recipes.models.fused import mlp as fused_mlp
 from moe_recipes.runtime.optimizations import Optimization
 from tests.tiny_models import tiny_config
 

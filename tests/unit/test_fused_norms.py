@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moe_recipes.kernels.rms_norm import rms_norm_reference
-from moe_recipes.models.fused_norms import fuse_norms, is_standard
+from moe_recipes.models.fused.norms import fuse_norms, is_standard
 from tests.tiny_models import tiny_config
 
 

@@ -17,7 +17,7 @@ from moe_recipes.config.errors import (
     EXIT_RECIPE,
     MoeRecipesError,
 )
-from moe_recipes.models.load_files import open_weights
+from moe_recipes.models.loading.files import open_weights
 
 INDEX = "model.safetensors.index.json"
 FILES = {"a.safetensors": ("x.weight", "y.weight"), "b.safetensors": ("z.weight",)}

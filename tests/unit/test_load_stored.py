@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from moe_recipes.models import load_stored
-from moe_recipes.models.load_files import open_weights
-from moe_recipes.models.load_stored import Quantization, Reader, find_stored, stored_rows
+from moe_recipes.models.loading import stored as load_stored
+from moe_recipes.models.loading.files import open_weights
+from moe_recipes.models.loading.stored import Quantization, Reader, find_stored, stored_rows
 
 ROWS = [(0, 384), (1, 2), (127, 129), (96, 192), (300, 384), (5, 5)]
 WIDE = [128, 384]

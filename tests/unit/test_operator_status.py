@@ -10,7 +10,7 @@ import pytest
 from moe_recipes.config.run_folder import RunFolder
 from moe_recipes.launch.operator.facts import RunFacts, read_steps
 from moe_recipes.launch.operator.find import find_run
-from moe_recipes.launch.operator.status import duration, status_of
+from moe_recipes.launch.operator.status import duration, lines_of, status_of
 from tests.unit.operator_runs import (
     STEPS,
     answered,
@@ -81,6 +81,34 @@ def test_steps_that_no_checkpoint_holds_do_not_count_once_the_run_has_ended(tmp_
     assert report["verdict"]["kind"] == "not_finite"
     assert report["verdict"]["cause"] == "NaN"
     assert report["eta_s"] == pytest.approx(70 * 2.0 + 7 * 3.0), "70 steps and 7 saves are left"
+
+
+def test_how_long_saves_take_and_how_often_to_save(tmp_path: Path) -> None:
+    """220 s that training stands and 63 h between failures: 167 minutes, as the tables of Young's rule have it."""
+    folder = written_run(tmp_path / "x", checkpoint={"every_steps": 10, "mtbf_hours": 63.0})
+    write_event(folder, "2026-01-01T00:10:00.000Z", "start", attempt=1)
+    write_event(folder, "2026-01-01T00:10:01.000Z", "resume", step=10, seconds=50.0, bytes=5 * 10**11)
+    write_steps(folder, 30)
+    for step, seconds in ((20, 300.0), (30, 340.0)):
+        write_event(
+            folder,
+            "2026-01-01T00:11:00Z",
+            "checkpoint",
+            step=step,
+            seconds=seconds,
+            blocking_s=220.0,
+            bytes=34 * 10**11,
+        )
+    write_status(folder, "2026-01-01T00:11:40.000Z", state="running", step=30, last_durable_step=30)
+    report = status_of(find_run(str(folder.path)))
+    assert (report["save_s"], report["blocking_s"], report["load_gb_per_s"]) == (320.0, 220.0, 10.0)
+    assert report["save_gb_per_s"] == pytest.approx((3400 / 300 + 3400 / 340) / 2)
+    assert report["save_every_s"] / 60 == pytest.approx(167, abs=0.6)
+    assert report["eta_s"] == pytest.approx(70 * 2.0 + 7 * 220.0), "a save stops training only to copy"
+    (line,) = [line for line in lines_of(report) if line.startswith("saves")]
+    assert line == (
+        "saves     320.0 s at 10.67 GB/s, training stands 220.0 s, loads 10.00 GB/s, save every 2:46:29 to lose least"
+    )
 
 
 def test_a_run_that_has_not_reached_a_step_and_one_that_never_started(tmp_path: Path) -> None:

@@ -24,11 +24,11 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import dot_natural_key, rename_source_key
 
 from moe_recipes.config.errors import CorruptCheckpointError
-from moe_recipes.models.export_convert import gather_objects
-from moe_recipes.models.export_plan import saved_tensors
-from moe_recipes.models.load_files import open_weights
-from moe_recipes.models.load_plan import Load, LoadPlan, plan_loads, split_conversions
-from moe_recipes.models.load_stored import Quantization, Reader, Stored
+from moe_recipes.models.exporting.convert import gather_objects
+from moe_recipes.models.exporting.plan import saved_tensors
+from moe_recipes.models.loading.files import open_weights
+from moe_recipes.models.loading.plan import Load, LoadPlan, plan_loads, split_conversions
+from moe_recipes.models.loading.stored import Quantization, Reader, Stored
 from moe_recipes.models.mtp import mtp_of
 from moe_recipes.runtime.sharding import Rows, local_rows, local_tensor
 from moe_recipes.runtime.world import together
@@ -93,7 +93,7 @@ def load_weights(
 ) -> LoadReport:
     """Materialise a model on ``device`` and read its weights. Every rank of the layout calls it.
 
-    Host memory that it needs beside the parameters themselves: less than twice ``load_stored.WINDOW_BYTES``; for a
+    Host memory that it needs beside the parameters themselves: less than twice ``stored.WINDOW_BYTES``; for a
     conversion that mixes rows (see ``docs/loading.md``) three times the largest such tensor.
 
     Args:

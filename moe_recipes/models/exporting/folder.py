@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 
 from moe_recipes.config.errors import CannotWriteError, MissingInputError, RecipeError
-from moe_recipes.models.export_plan import INDEX_NAME, ExportPlan
-from moe_recipes.models.export_record import RECORD_NAME, write_failure
+from moe_recipes.models.exporting.plan import INDEX_NAME, ExportPlan
+from moe_recipes.models.exporting.record import RECORD_NAME, write_failure
 from moe_recipes.runtime.files import sync_folder, write_durably
 
 QUANTIZATION_KEY = "quantization_config"

@@ -26,7 +26,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from moe_recipes.config.errors import RecipeError
-from moe_recipes.models.export_convert import Converter, Templates, gather_objects
+from moe_recipes.models.exporting.convert import Converter, Templates, gather_objects
 from moe_recipes.models.mtp import mtp_of
 from moe_recipes.runtime.safetensors_file import FileLayout, plan_header
 from moe_recipes.runtime.sharding import Rows, local_rows

@@ -11,7 +11,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 from moe_recipes.kernels.add_rms_norm import add_rms_norm
 from moe_recipes.models.blocks import fingerprint, fuse_class
-from moe_recipes.models.fused_norms import runs_alone
+from moe_recipes.models.fused.norms import runs_alone
 from moe_recipes.runtime.optimizations import Optimization
 
 NAME = "fused residual sum and norm"

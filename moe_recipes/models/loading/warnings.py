@@ -12,8 +12,8 @@ from typing import Any
 import torch.distributed as dist
 from huggingface_hub import try_to_load_from_cache
 
-from moe_recipes.models.export_plan import INDEX_NAME
-from moe_recipes.models.load_files import PICKLES, SINGLE_NAME
+from moe_recipes.models.exporting.plan import INDEX_NAME
+from moe_recipes.models.loading.files import PICKLES, SINGLE_NAME
 
 logger = logging.getLogger("moe_recipes.models")
 

@@ -16,7 +16,7 @@ from moe_recipes.config.errors import (
     MoeRecipesError,
     RecipeError,
 )
-from moe_recipes.models.export_plan import INDEX_NAME
+from moe_recipes.models.exporting.plan import INDEX_NAME
 from moe_recipes.runtime.safetensors_file import FileLayout, Place, read_layout
 
 SINGLE_NAME = "model.safetensors"

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from moe_recipes.config.errors import CorruptCheckpointError
 from moe_recipes.models.auto import AutoModelForCausalLM
-from moe_recipes.models.export_convert import gather_objects
+from moe_recipes.models.exporting.convert import gather_objects
 
 
 def from_pretrained_whole(folder: Path, *, num_ranks: int, **options: Any) -> PreTrainedModel:

@@ -1,6 +1,6 @@
 """Write a sharded model as a standard Hugging Face folder, every rank its own part, without gathering the model.
 
-Keys, shapes, dtypes and values are those of ``save_pretrained`` in one process; ``export_plan`` says how they are
+Keys, shapes, dtypes and values are those of ``save_pretrained`` in one process; ``plan.py`` says how they are
 found. Dense files are created at full size by rank 0 and every rank writes its rows in place. A rank's experts go to
 files that no other rank touches. On the host a rank holds one tensor's local part and its converted copy at a time.
 
@@ -26,15 +26,15 @@ import torch
 from transformers import PreTrainedModel
 
 from moe_recipes.config.errors import CannotWriteError, NotFiniteError
-from moe_recipes.models.export_checksums import Parts, merge_parts
-from moe_recipes.models.export_convert import (
+from moe_recipes.models.exporting.checksums import Parts, merge_parts
+from moe_recipes.models.exporting.convert import (
     Converter,
     converted_experts,
     gather_objects,
     gathered,
     written_pieces,
 )
-from moe_recipes.models.export_folder import (
+from moe_recipes.models.exporting.folder import (
     check_replaceable,
     copy_companions,
     exported_config,
@@ -44,11 +44,11 @@ from moe_recipes.models.export_folder import (
     set_aside,
     write_index,
 )
-from moe_recipes.models.export_plan import INDEX_NAME, ExportPlan, plan_export
-from moe_recipes.models.export_ranks import ExportRanks
-from moe_recipes.models.export_record import NOT_CHECKED, RECORD_NAME, cast_counts, make_record
-from moe_recipes.models.export_source import SourceTensors, left_out_by_design, read_source_tensors
-from moe_recipes.models.export_verify import Verified, check_folder
+from moe_recipes.models.exporting.plan import INDEX_NAME, ExportPlan, plan_export
+from moe_recipes.models.exporting.ranks import ExportRanks
+from moe_recipes.models.exporting.record import NOT_CHECKED, RECORD_NAME, cast_counts, make_record
+from moe_recipes.models.exporting.source import SourceTensors, left_out_by_design, read_source_tensors
+from moe_recipes.models.exporting.verify import Verified, check_folder
 from moe_recipes.runtime.files import write_durably
 from moe_recipes.runtime.safetensors_file import create_file, write_rows
 from moe_recipes.runtime.sharding import local_rows, local_tensor

@@ -12,15 +12,15 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from moe_recipes.models.export_checksums import ExpertChecksums, Parts, equal_experts, equal_layers, merge_parts
-from moe_recipes.models.export_convert import (
+from moe_recipes.models.exporting.checksums import ExpertChecksums, Parts, equal_experts, equal_layers, merge_parts
+from moe_recipes.models.exporting.convert import (
     Converter,
     converted_experts,
     gather_objects,
     gathered,
     written_pieces,
 )
-from moe_recipes.models.export_plan import (
+from moe_recipes.models.exporting.plan import (
     INDEX_NAME,
     PlannedTensor,
     Spec,

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_recipes.config.errors import EXIT_NOT_FINITE, MissingInputError, NotFiniteError
-from moe_recipes.models.export_plan import INDEX_NAME
+from moe_recipes.models.exporting.plan import INDEX_NAME
 
 LIMIT_GIB = 256
 RELOAD_TIMEOUT_S, ENGINE_TIMEOUT_S = 900, 300

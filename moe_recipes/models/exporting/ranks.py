@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from moe_recipes.config.errors import CannotWriteError, InfrastructureError, MoeRecipesError
-from moe_recipes.models.export_convert import gather_objects
+from moe_recipes.models.exporting.convert import gather_objects
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_recipes.models.export_plan import ExportPlan, PlannedFile
+from moe_recipes.models.exporting.plan import ExportPlan, PlannedFile
 from moe_recipes.runtime.crc32 import combine
 from moe_recipes.runtime.files import write_durably
 from moe_recipes.runtime.safetensors_file import DTYPE_NAMES

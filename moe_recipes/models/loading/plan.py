@@ -1,6 +1,6 @@
 """Where every tensor of a model lies in its source's files, and which bytes of them a rank reads, before any is read.
 
-The names come from the plan of an export (``export_plan.py``), which is the reverse of a load: what a tensor becomes on
+The names come from the plan of an export (``exporting/plan.py``), which is the reverse of a load: what a tensor becomes on
 disk is what it is read from. Loader and rehearsal share it.
 """
 
@@ -17,11 +17,11 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming, WeightTransform, rename_source_key
 
 from moe_recipes.config.errors import CorruptCheckpointError, RecipeError
-from moe_recipes.models.conversions import keep_used, known_conversions
-from moe_recipes.models.export_convert import Converter
-from moe_recipes.models.export_plan import PlannedTensor, plan_tensors, saved_tensors
-from moe_recipes.models.load_files import WeightFiles
-from moe_recipes.models.load_stored import Quantization, Stored, find_stored
+from moe_recipes.models.exporting.convert import Converter
+from moe_recipes.models.exporting.plan import PlannedTensor, plan_tensors, saved_tensors
+from moe_recipes.models.loading.conversions import keep_used, known_conversions
+from moe_recipes.models.loading.files import WeightFiles
+from moe_recipes.models.loading.stored import Quantization, Stored, find_stored
 from moe_recipes.models.mtp import mtp_of
 
 _PROBES = ((8, 12), (24, 16))

@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 
-from moe_recipes.models.export_plan import PlannedTensor, spec_bytes
+from moe_recipes.models.exporting.plan import PlannedTensor, spec_bytes
 from moe_recipes.runtime.crc32 import combine
 
 Parts = dict[str, list[tuple[int, int, int]]]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from moe_recipes.config.errors import CorruptCheckpointError
-from moe_recipes.models.load_files import WeightFiles, unreadable
+from moe_recipes.models.loading.files import WeightFiles, unreadable
 from moe_recipes.runtime.safetensors_file import Place, read_at
 
 WINDOW_BYTES = 64 * 2**20

@@ -17,9 +17,9 @@ import torch
 from transformers import PreTrainedModel
 
 from moe_recipes.config.errors import CorruptCheckpointError, MissingInputError
-from moe_recipes.models.export_convert import Converter
-from moe_recipes.models.export_plan import INDEX_NAME, PlannedTensor, Spec, plan_tensors, saved_tensors, with_dtypes
-from moe_recipes.models.load_files import SINGLE_NAME, open_weights
+from moe_recipes.models.exporting.convert import Converter
+from moe_recipes.models.exporting.plan import INDEX_NAME, PlannedTensor, Spec, plan_tensors, saved_tensors, with_dtypes
+from moe_recipes.models.loading.files import SINGLE_NAME, open_weights
 from moe_recipes.runtime.safetensors_file import DTYPE_NAMES
 
 FP8_SCALE, MXFP4_BLOCKS, MXFP4_SCALES = "_scale_inv", "_blocks", "_scales"
