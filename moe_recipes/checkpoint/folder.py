@@ -1,4 +1,4 @@
-"""The folder of checkpoints: names, the newest complete one, verifying, pruning.
+"""The folder of checkpoints: names, the newest complete one, listing, pruning. Without torch.
 
 Only rank 0 may ask; what one rank sees on a network file system must never decide what many ranks do.
 """
@@ -6,20 +6,26 @@ Only rank 0 may ask; what one rank sees on a network file system must never deci
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import secrets
 import shutil
-import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from moe_recipes.checkpoint.manifest import RANK_PREFIX, Manifest, read_manifest
+from moe_recipes.checkpoint.manifest import COMPLETE, VALIDATION_LOSS, read_manifest
+from moe_recipes.checkpoint.trusted import check_folder
+from moe_recipes.checkpoint.verify import damage, verify_checkpoint
 from moe_recipes.config.errors import CorruptCheckpointError, MoeRecipesError
-from moe_recipes.runtime import safetensors_file
 from moe_recipes.runtime.files import sync_folder
 
 LATEST = "latest"
+PINNED = "PINNED"
+"""A file of this name in a checkpoint's folder keeps it from being pruned."""
+
 STEP_NAME = re.compile(r"step-(\d{8,})")
 TEMPORARY_NAME = re.compile(r"step-\d{8,}\.tmp-[0-9a-f]+")
 REPLACED_NAME = re.compile(r"(step-\d{8,})\.replaced-[0-9a-f]+")
@@ -44,73 +50,72 @@ def latest_checkpoint(ckpt_dir: Path) -> Path | None:
     Raises:
         CorruptCheckpointError: there are checkpoints, and all of them are damaged.
     """
+    path, damaged = find_whole(ckpt_dir)
+    if path is not None and damaged:
+        log.warning("resuming from %s: %s", path, "; ".join(damaged.values()))
+    return path
+
+
+def find_whole(ckpt_dir: Path, known: Mapping[Path, str] | None = None) -> tuple[Path | None, dict[Path, str]]:
+    """The checkpoint to resume from, and what is wrong with each that would have come before it.
+
+    Args:
+        known: checkpoints that were found damaged otherwise, with the reason; they are passed over.
+    Raises:
+        CorruptCheckpointError: there are checkpoints, and all of them are damaged.
+    """
     candidates = _steps(ckpt_dir)
     pointed = _pointed_to(ckpt_dir)
     if pointed is not None:
         candidates = [pointed, *(path for path in candidates if path != pointed)]
-    reasons: list[str] = []
+    damaged: dict[Path, str] = {}
     for path in candidates:
-        problems = verify_checkpoint(path)
+        problems = [known[path]] if known and path in known else verify_checkpoint(path)
         if not problems:
-            if reasons:
-                log.warning("resuming from %s: %s", path, "; ".join(reasons))
-            return path
-        reasons.append(f"{path.name} is damaged ({problems[0]})")
-    if reasons:
+            return path, damaged
+        damaged[path] = f"{path.name} is damaged ({problems[0]})"
+    if damaged:
         raise CorruptCheckpointError(
-            f"{ckpt_dir}: no checkpoint is whole: {'; '.join(reasons)}; move the folder away to start from step 0"
+            f"{ckpt_dir}: no checkpoint is whole: {'; '.join(damaged.values())}; move the folder away to start from"
+            " step 0"
         )
-    return None
+    return None, damaged
 
 
-def verify_checkpoint(path: Path, *, hashes: bool = False) -> list[str]:
-    """What is wrong with a checkpoint, one line a problem that names file and tensor; empty if it is good.
-
-    Args:
-        hashes: read every byte and compare CRCs too: 0.3 to 0.8 s a GiB, or the time to read it, whichever is longer.
-    """
-    try:
-        manifest = read_manifest(path)
-    except MoeRecipesError as error:
-        return [str(error)]
-    problems = []
-    for file in (*manifest.shards, *manifest.records):
-        try:
-            num_bytes = os.stat(path / file.name).st_size
-        except OSError as error:
-            problems.append(f"{path / file.name}: {error.strerror}")
-            continue
-        if num_bytes != file.num_bytes:
-            problems.append(f"{path / file.name}: {num_bytes} bytes instead of {file.num_bytes}")
-    if hashes and not problems:
-        for rank in range(manifest.num_ranks):
-            problems += _damage_in_shard(path, manifest, rank)
-        for file in manifest.records:
-            if zlib.crc32((path / file.name).read_bytes()) != file.crc32:
-                problems.append(f"{path / file.name}: its bytes have changed (CRC)")
-    return problems
-
-
-def prune_checkpoints(ckpt_dir: Path, *, keep_last: int, protect: Collection[Path] = ()) -> list[Path]:
-    """Delete all but the newest ``keep_last`` complete checkpoints; returns what was deleted.
-
-    Never deletes what ``latest`` names, what is protected, or a damaged checkpoint, which does not count as kept.
-    A folder is renamed before it is emptied, so that one half deleted is never taken for a checkpoint. A failure to
-    delete is logged and passed over.
+def stale_checkpoints(
+    ckpt_dir: Path, *, keep_last: int, keep_best: int = 0, protect: Collection[Path] = ()
+) -> list[Path]:
+    """What ``prune_checkpoints`` would delete, newest first. Changes nothing.
 
     Raises:
         ValueError: ``keep_last`` is below 1.
     """
     if keep_last < 1:
         raise ValueError(f"keep_last={keep_last} would delete the newest checkpoint; it must be at least 1")
-    kept = {path.resolve() for path in protect}
+    found = list_checkpoints(ckpt_dir)
+    complete = [item for item in found if item.is_complete]
+    kept = {item.path.resolve() for item in (*complete[:keep_last], *best_of(complete)[:keep_best])}
+    kept |= {item.path.resolve() for item in found if item.is_pinned}
+    kept |= {path.resolve() for path in protect}
     if (pointed := _pointed_to(ckpt_dir)) is not None:
         kept.add(pointed.resolve())
-    complete = [path for path in _steps(ckpt_dir) if not verify_checkpoint(path)]
+    return [item.path for item in complete if item.path.resolve() not in kept]
+
+
+def prune_checkpoints(
+    ckpt_dir: Path, *, keep_last: int, keep_best: int = 0, protect: Collection[Path] = ()
+) -> list[Path]:
+    """Delete old complete checkpoints; returns what was deleted.
+
+    Never deletes the newest ``keep_last``, the ``keep_best`` of least validation loss, what ``latest`` names, what is
+    pinned or protected, or a damaged checkpoint, which does not count as kept. A folder is renamed before it is
+    emptied, so that one half deleted is never taken for a checkpoint. A failure to delete is logged and passed over.
+
+    Raises:
+        ValueError: ``keep_last`` is below 1.
+    """
     deleted = []
-    for path in complete[keep_last:]:
-        if path.resolve() in kept:
-            continue
+    for path in stale_checkpoints(ckpt_dir, keep_last=keep_last, keep_best=keep_best, protect=protect):
         doomed = path.with_name(f"{step_name(step_of(path))}.tmp-{secrets.token_hex(3)}")
         try:
             os.rename(path, doomed)
@@ -120,6 +125,75 @@ def prune_checkpoints(ckpt_dir: Path, *, keep_last: int, protect: Collection[Pat
             continue
         deleted.append(path)
     return deleted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listed:
+    """One folder that may be a checkpoint."""
+
+    path: Path
+    problems: Sequence[str]
+    """What is wrong with it, by manifest and sizes; empty if it is complete."""
+
+    num_bytes: int
+    """Of all its files."""
+
+    validation_loss: float | None
+    """Mean loss over the held-out batches at just this step; None where none was measured."""
+
+    saved_s: float
+    """When it was completed, in seconds since 1970, by the file system's clock; for people, never for decisions."""
+
+    is_latest: bool
+
+    @property
+    def step(self) -> int:
+        return step_of(self.path)
+
+    @property
+    def is_complete(self) -> bool:
+        return not self.problems
+
+    @property
+    def is_pinned(self) -> bool:
+        return os.path.lexists(self.path / PINNED)
+
+
+def list_checkpoints(ckpt_dir: Path) -> list[Listed]:
+    """Every folder that may be a checkpoint, newest step first. Sizes are checked, bytes are not."""
+    pointed = _pointed_to(ckpt_dir)
+    return [_look_at(path, is_latest=path == pointed) for path in _steps(ckpt_dir)]
+
+
+def _look_at(path: Path, *, is_latest: bool) -> Listed:
+    loss, saved_s = None, 0.0
+    try:
+        check_folder(path)
+        manifest = read_manifest(path)
+        problems = damage(path, manifest, hashes=False)
+        loss = manifest.state.get(VALIDATION_LOSS)
+    except MoeRecipesError as error:
+        problems = [str(error)]
+    sizes = []
+    with suppress(OSError):
+        saved_s = os.lstat(path).st_mtime
+        saved_s = os.lstat(path / COMPLETE).st_mtime
+    with suppress(OSError):
+        sizes = [item.stat(follow_symlinks=False).st_size for item in os.scandir(path)]
+    return Listed(
+        path=path,
+        problems=problems,
+        num_bytes=sum(sizes),
+        validation_loss=loss if isinstance(loss, float) and math.isfinite(loss) else None,
+        saved_s=saved_s,
+        is_latest=is_latest,
+    )
+
+
+def best_of(listed: Iterable[Listed]) -> list[Listed]:
+    """Complete checkpoints at whose step the validation loss was measured, least loss first; the older one of two."""
+    measured = [item for item in listed if item.is_complete and item.validation_loss is not None]
+    return sorted(measured, key=lambda item: (item.validation_loss, item.step))
 
 
 def put_in_place(working: Path, final: Path) -> None:
@@ -174,25 +248,3 @@ def _pointed_to(ckpt_dir: Path) -> Path | None:
         log.warning("%s holds %r, which names no checkpoint", ckpt_dir / LATEST, name[:40])
         return None
     return ckpt_dir / name
-
-
-def _damage_in_shard(path: Path, manifest: Manifest, rank: int) -> list[str]:
-    """Compare the header and every tensor of one shard with the CRCs in the manifest."""
-    file = manifest.shards[rank]
-    expected = {RANK_PREFIX + name: tensor.pieces[0].crc32 for name, tensor in manifest.rank_tensors[rank].items()}
-    for name, tensor in manifest.tensors.items():
-        for piece in tensor.pieces:
-            if piece.shard == rank:
-                expected[name] = piece.crc32
-    with open(path / file.name, "rb") as opened:
-        try:
-            layout = safetensors_file.read_layout(opened.fileno())
-        except ValueError as error:
-            return [f"{path / file.name}: {error}"]
-        if zlib.crc32(layout.header) != file.crc32 or layout.places.keys() != expected.keys():
-            return [f"{path / file.name}: its header has changed (CRC)"]
-        return [
-            f"{path / file.name}: the bytes of tensor {name!r} have changed (CRC)"
-            for name, place in layout.places.items()
-            if safetensors_file.checksum(opened.fileno(), place) != expected[name]
-        ]

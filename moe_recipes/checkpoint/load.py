@@ -25,6 +25,7 @@ from moe_recipes.checkpoint.manifest import (
     plain_json,
     read_manifest,
 )
+from moe_recipes.checkpoint.trusted import check_folder, open_trusted, size_of
 from moe_recipes.config.errors import CorruptCheckpointError, RecipeError
 from moe_recipes.runtime import safetensors_file
 from moe_recipes.runtime.safetensors_file import DTYPE_NAMES, FileLayout
@@ -60,6 +61,7 @@ def load_checkpoint(
             opaque entry cannot be cut.
         EnvironmentMismatchError: another version of the format.
     """
+    check_folder(path)
     manifest = read_manifest(path)
     saved_identity = {key: value for key, value in manifest.identity.items() if not part or key in identity}
     _check_identity(path, saved_identity, plain_json("identity", identity))
@@ -156,18 +158,12 @@ def _fill(file: Path, fd: int, layout: FileLayout, read: Read) -> None:
         raise CorruptCheckpointError(f"{file}: tensor {read.name!r}: {error}") from error
     whole = read.out.numel() == math.prod(read.piece.shape)
     if whole and crc != read.piece.crc32:
-        raise CorruptCheckpointError(
-            f"{file}: the bytes of tensor {read.name!r} have changed since the save (CRC); set {file.parent} aside to"
-            f" continue from the checkpoint before it"
-        )
+        raise CorruptCheckpointError(f"{file}: the bytes of tensor {read.name!r} have changed since the save (CRC)")
 
 
 @contextmanager
 def _open_shard(path: Path, file: SavedFile) -> Iterator[tuple[int, FileLayout]]:
-    try:
-        fd = os.open(path / file.name, os.O_RDONLY)
-    except OSError as error:
-        raise CorruptCheckpointError(f"{path / file.name}: {error.strerror}") from error
+    fd = open_trusted(path / file.name)
     try:
         try:
             layout = safetensors_file.read_layout(fd)
@@ -181,10 +177,7 @@ def _open_shard(path: Path, file: SavedFile) -> Iterator[tuple[int, FileLayout]]
 
 
 def _check_size(path: Path, file: SavedFile) -> None:
-    try:
-        num_bytes = os.stat(path / file.name).st_size
-    except OSError as error:
-        raise CorruptCheckpointError(f"{path / file.name}: {error.strerror}") from error
+    num_bytes = size_of(path / file.name)
     if num_bytes != file.num_bytes:
         raise CorruptCheckpointError(f"{path / file.name}: {num_bytes} bytes instead of {file.num_bytes}")
 

@@ -13,6 +13,7 @@ CRC-32 finds every flipped byte and costs 0.3 to 0.8 s a GiB; it does not stop a
 from __future__ import annotations
 
 import json
+import math
 import re
 import zlib
 from collections.abc import Mapping, Sequence
@@ -20,13 +21,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from moe_recipes.checkpoint.trusted import read_trusted
 from moe_recipes.config.errors import CorruptCheckpointError, EnvironmentMismatchError
+from moe_recipes.runtime.safetensors_header import ITEM_BYTES
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 COMPLETE = "COMPLETE"
 RANK_PREFIX = "rank:"
 RANK_TENSORS_LOADED = "rank_tensors_loaded"
+VALIDATION_LOSS = "validation_loss"
+"""Key of the state, where the loss over the held-out batches was measured at the step that is saved."""
+
+MAX_MARKER_BYTES, MAX_MANIFEST_BYTES = 4096, 1 << 32
+MAX_TENSOR_BYTES = 1 << 50
 SHARD_NAME = re.compile(r"rank-\d{5,}\.safetensors")
 RECORD_NAME = re.compile(r"rank-\d{5,}\.json")
 
@@ -195,7 +203,8 @@ def read_manifest(path: Path) -> Manifest:
         CorruptCheckpointError: COMPLETE or the manifest is missing or damaged; names the file.
         EnvironmentMismatchError: another version of the format.
     """
-    marker, raw = _read(path / COMPLETE), _read(path / MANIFEST)
+    marker = read_trusted(path / COMPLETE, max_bytes=MAX_MARKER_BYTES)
+    raw = read_trusted(path / MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
     try:
         expected = json.loads(marker)
         if (expected["manifest_bytes"], expected["manifest_crc32"]) != (len(raw), zlib.crc32(raw)):
@@ -203,7 +212,7 @@ def read_manifest(path: Path) -> Manifest:
         return _parse(json.loads(raw))
     except EnvironmentMismatchError as error:
         raise EnvironmentMismatchError(f"{path / MANIFEST}: {error}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise CorruptCheckpointError(f"{path}: COMPLETE or {MANIFEST} is damaged: {error!r}") from error
 
 
@@ -230,7 +239,11 @@ def _parse(raw: Any) -> Manifest:
     )
     if not manifest.num_ranks == len(shards) == len(records) == len(manifest.rank_tensors):
         raise ValueError(f"{manifest.num_ranks} ranks, {len(shards)} shards")
+    for own in manifest.rank_tensors:
+        for name, tensor in own.items():
+            _check_sizes(name, tensor)
     for name, tensor in manifest.tensors.items():
+        _check_sizes(name, tensor)
         if gap := tensor.gap():
             raise ValueError(f"tensor {name!r}: {gap}")
         if any(not 0 <= piece.shard < len(shards) for piece in tensor.pieces):
@@ -238,11 +251,16 @@ def _parse(raw: Any) -> Manifest:
     return manifest
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CorruptCheckpointError(f"{path}: {error.strerror}; the checkpoint is incomplete") from error
+def _check_sizes(name: str, tensor: SavedTensor) -> None:
+    """Refuse shapes that no file can hold, before anything is allocated for them."""
+    item_bytes = ITEM_BYTES[tensor.dtype]
+    # Pieces have shapes of their own only where they are opaque; else ``gap`` holds them to the rows of the whole.
+    own = [piece.shape for piece in tensor.pieces] if tensor.opaque else []
+    for shape in (tensor.shape, *own):
+        if not all(type(size) is int and size >= 0 for size in shape):
+            raise ValueError(f"tensor {name!r} has the shape {list(shape)}")
+        if math.prod(shape) * item_bytes > MAX_TENSOR_BYTES:
+            raise ValueError(f"tensor {name!r} of shape {list(shape)} would have {math.prod(shape) * item_bytes} bytes")
 
 
 def _dump(value: Any) -> bytes:

@@ -12,13 +12,10 @@ from typing import Any
 from moe_recipes.config.checks import PACKAGE_PREFIX
 from moe_recipes.config.errors import CorruptCheckpointError, MissingInputError, RecipeError, did_you_mean
 from moe_recipes.config.recipe import Model
+from moe_recipes.families import PUBLISHED
 
 PACKAGED = Path(__file__).resolve().parents[1] / "models" / "configs"
-PACKAGED_NAMES = {
-    "Qwen/Qwen3-30B-A3B": "qwen3_30b_a3b",
-    "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16": "nemotron_3_nano_30b",
-    "nvidia/NVIDIA-Nemotron-3-Ultra-550B-A55B-BF16": "nemotron_3_ultra_550b",
-}
+PACKAGED_NAMES = {source: model.packaged for source, model in PUBLISHED.items()}
 """The packaged config that stands for a Hugging Face id where only the shape of the model is asked for."""
 
 _LAYER_KINDS = {

@@ -33,7 +33,8 @@ class Model:
     """Storage and compute dtype of the weights. What a family keeps in float32 stays float32."""
 
     attn_implementation: str = "sdpa"
-    """Attention backend by Transformers' name."""
+    """Attention backend by Transformers' name; or ``moe_recipes``, fused also for packed documents, windows and sinks.
+    GPT-OSS, which has no ``sdpa``, gets that one for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,10 @@ class Parallel:
 
     ep_implementation: str = "moe_recipes_all_to_all"
     """The dispatcher, by its name in Transformers' ``EPImplementationInterface``."""
+
+    expert_capacity_factor: float = 1.15
+    """Only for ``moe_recipes_symmetric``: room for routed rows, over what the layer had on the rank in its fullest of
+    the last 16 steps. A step that needs more is computed again by all-to-all, with the same result."""
 
     reduce_dtype: Literal["model", "float32"] = "float32"
     """Dtype of the gradient reduction. ``model`` halves its traffic and rounds every partial sum."""
@@ -182,11 +187,30 @@ class Checkpoint:
     """0: only at the end and when asked to stop."""
 
     keep_last: int = 2
+    """Complete checkpoints that stay; older ones are removed, unless they are pinned, or the run resumed from them."""
+
+    keep_best: int = 0
+    """As many checkpoints of least validation loss stay as well, of those at whose step it was measured."""
+
+    fall_back: bool = True
+    """Resume from the checkpoint before where the newest is damaged, and say so. ``false``: end with 74 instead."""
+
+    asynchronous: bool = False
+    """Write periodic checkpoints while training goes on: training stops only to copy its state into host memory.
+    Where that is too short the run says so and saves synchronously."""
+
+    mtbf_hours: float | None = None
+    """Mean hours between failures of all nodes of the run; from it and the measured saves follows how often to save.
+    """
+
     save_last: bool = True
     """Save after the last step."""
 
     export: bool = True
     """Write ``RUN/export`` after the last step."""
+
+    reload_export: bool = True
+    """Load the export in plain Transformers, and in installed serving engines, before it takes its place."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,10 +34,7 @@ TERMINAL_STATES = ("stopped", "failed", "done")
 MAY_CHANGE = (
     "run_dir",
     "log.",
-    "checkpoint.every_steps",
-    "checkpoint.keep_last",
-    "checkpoint.save_last",
-    "checkpoint.export",
+    "checkpoint.",
     "train.validate_every_steps",
     "train.validation_batches",
 )

@@ -11,7 +11,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
 import moe_recipes
@@ -30,6 +30,7 @@ VERBS = {
     "show": Verb("moe_recipes.launch.show", "print the resolved recipe and what follows from it"),
     "train": Verb("moe_recipes.launch.train", "train a recipe on this host, or go on with its run"),
     "export": Verb("moe_recipes.launch.export", "write RUN/export from the run's newest checkpoint"),
+    "ckpt": Verb("moe_recipes.launch.ckpt", "list, verify, pin, prune, compare and export checkpoints"),
     "bench": Verb("moe_recipes.launch.bench", "compare with Transformers on this host's GPUs"),
     "launch": Verb("moe_recipes.launch.slurm.submit", "submit a recipe to Slurm"),
     "cluster": Verb("moe_recipes.launch.slurm.init", "write a cluster file from what Slurm says"),
@@ -73,17 +74,27 @@ def make_parser(chosen: str | None) -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code; a user's error is one line on stderr, or JSON on stdout."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    return guarded(lambda: _run(words), as_json="--json" in words)
+
+
+def _run(words: list[str]) -> int:
+    # Only --version and --help stand before a verb, and both end the command.
+    chosen = words[0] if words and words[0] in VERBS else None
+    options = make_parser(chosen).parse_args(words)
+    if getattr(options, "cpu", False):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Transformers lays ranks out over any GPU that they can see
+    code: int = importlib.import_module(VERBS[options.verb].module).run(options)
+    return code
+
+
+def guarded(command: Callable[[], int], *, as_json: bool) -> int:
+    """The exit code of a command, whose user's error is printed. A process that a verb starts ends by this too."""
     try:
-        # Only --version and --help stand before a verb, and both end the command.
-        chosen = words[0] if words and words[0] in VERBS else None
-        options = make_parser(chosen).parse_args(words)
-        if getattr(options, "cpu", False):
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Transformers lays ranks out over any GPU that they can see
-        code: int = importlib.import_module(VERBS[options.verb].module).run(options)
+        code = command()
         sys.stdout.flush()  # a full disk behind `> FILE` shows here, and not when Python has left
         return code
     except MoeRecipesError as error:
-        if "--json" in words:
+        if as_json:
             print(json.dumps({"error": str(error), "exit_code": error.exit_code}))
         else:
             print(f"{ERROR_PREFIX}{error}", file=sys.stderr)

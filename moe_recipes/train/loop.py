@@ -17,16 +17,18 @@ from moe_recipes.data.loader import Batch
 from moe_recipes.models.loss import Losses
 from moe_recipes.models.packing import borders_found_on_the_host
 from moe_recipes.moe.balance import update_correction_biases
-from moe_recipes.moe.expert_load import count_only, dead_experts, max_violations
+from moe_recipes.moe.expert_load import count_only
+from moe_recipes.moe.symmetric import NAME as SYMMETRIC
+from moe_recipes.moe.symmetric import RoutedRows
 from moe_recipes.plan.flops import FORMULA, peak_flops, train_flops_per_token
 from moe_recipes.runtime.sharding import reshard
 from moe_recipes.runtime.stop import StopFlag, switch_is_on
 from moe_recipes.runtime.world import barrier, max_over_ranks, sum_over_ranks
-from moe_recipes.train.metrics import Metrics, device_memory
+from moe_recipes.train.metrics import Metrics, balance_record, device_memory
 from moe_recipes.train.optim import learning_rate
-from moe_recipes.train.resume import save
 from moe_recipes.train.run import Run
-from moe_recipes.train.shakedown import die_if_asked
+from moe_recipes.train.saves import Saver
+from moe_recipes.train.shakedown import die_if_asked, dies_on_request
 from moe_recipes.train.wandb_log import WandbLog
 
 logger = logging.getLogger("moe_recipes")
@@ -108,6 +110,45 @@ def forward_backward(run: Run, batches: list[Batch], *, num_label_tokens: float)
     return shares
 
 
+def exact_gradients(run: Run, batches: list[Batch], *, num_label_tokens: float) -> tuple[list[float], float]:
+    """Gradients of the step; returns the mean losses of ``forward_backward`` over all ranks, and the gradient norm.
+
+    Where routed rows did not fit into what the symmetric dispatcher had made room for, on any rank, all ranks compute
+    the step again without it, from the same random state: that costs time and changes nothing else.
+    """
+    device, random_states = run.world.device, _random_states(run)
+    with RoutedRows(run.recipe.parallel.expert_capacity_factor) as rows:
+        shares = forward_backward(run, batches, num_label_tokens=num_label_tokens)
+    # The step's one wait for the device outside the layers: a step that is not finite must change no weight.
+    found = torch.cat([shares, run.clip.norm()[None], rows.counts(device)]).tolist()
+    shares_here, grad_norm, counts = found[: len(shares)], found[len(shares)], found[len(shares) + 1 :]
+    *losses, missing = sum_over_ranks(*shares_here, rows.missing(counts))
+    if missing == 0:
+        rows.learn(counts)
+        return losses, grad_norm
+    if run.world.is_main:
+        logger.warning("step %d: no room for all routed rows; computed again by all-to-all", run.step + 1)
+    run.optimizer.zero_grad(set_to_none=True)
+    if run.load is not None:
+        run.load.counts_LE.zero_()
+    torch.set_rng_state(random_states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(random_states[1], device)
+    with RoutedRows(None) as rows:
+        shares = forward_backward(run, batches, num_label_tokens=num_label_tokens)
+    rows.learn([])
+    *shares_here, grad_norm = torch.cat([shares, run.clip.norm()[None]]).tolist()
+    return sum_over_ranks(*shares_here), grad_norm
+
+
+def _random_states(run: Run) -> list[Tensor]:
+    """Of the CPU and the GPU; both live on the host. None where no step is computed again."""
+    if run.recipe.parallel.ep_implementation != SYMMETRIC:
+        return []
+    device = run.world.device
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
 def train_step(run: Run, batches: list[Batch]) -> StepStats:
     """One optimizer step. The loss and every gradient weigh each label token of the whole step alike.
 
@@ -115,10 +156,7 @@ def train_step(run: Run, batches: list[Batch]) -> StepStats:
         NotFiniteError: on all ranks, before any weight has changed.
     """
     labels, tokens = sum_over_ranks(sum(b.num_label_tokens for b in batches), sum(b.num_tokens for b in batches))
-    shares = forward_backward(run, batches, num_label_tokens=labels)
-    # The step's one wait for the device outside the layers: a step that is not finite must change no weight.
-    *shares_here, grad_norm = torch.cat([shares, run.clip.norm()[None]]).tolist()
-    loss_sum, aux_loss, z_loss, mtp_loss = sum_over_ranks(*shares_here)
+    (loss_sum, aux_loss, z_loss, mtp_loss), grad_norm = exact_gradients(run, batches, num_label_tokens=labels)
     if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
         rows = [row for batch in batches for row in batch.row_ids]
         logger.error("rank %d read the packed rows %s in step %d", run.world.rank, rows, run.step + 1)
@@ -166,34 +204,11 @@ def validate(run: Run) -> float:
     return loss_sum / max(1.0, label_sum)
 
 
-def balance_record(run: Run, stats: StepStats) -> dict[str, Any]:
-    """What metrics.jsonl says of a step's extra losses and of its experts' load; layers by number."""
-    train = run.recipe.train
-    wanted = {
-        "aux_loss": train.router_aux_loss_coef > 0,
-        "z_loss": train.router_z_loss_coef > 0,
-        "mtp_loss": run.mtp_coef > 0,
-    }
-    record: dict[str, Any] = {name: getattr(stats, name) for name, there in wanted.items() if there}
-    if run.load is None or stats.expert_counts is None:
-        return record
-    counts, layers = stats.expert_counts, run.load.layers
-    violations, dead = max_violations(counts), dead_experts(counts)
-    record["max_violation"] = float(violations.max())
-    record["dead_experts"] = int(dead.sum())
-    record["max_violation_of_layer"] = {n: round(v, 4) for n, v in zip(layers, violations.tolist(), strict=True)}
-    record["dead_experts_of_layer"] = dict(zip(layers, dead.tolist(), strict=True))
-    every = run.recipe.log.expert_load_every_steps
-    if every and (run.step % every == 0 or run.step == 1):
-        record["expert_load"] = dict(zip(layers, counts.tolist(), strict=True))
-    return record
-
-
 class Reporter:
     """Turns steps into records; the collectives are on every rank, the writing on rank 0."""
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(self, run: Run, saver: Saver) -> None:
+        self.run, self.saver = run, saver
         recipe = run.recipe
         self.flops = train_flops_per_token(run.source.config, seq_len=recipe.data.seq_len)
         name = torch.cuda.get_device_name(run.world.device) if run.world.device.type == "cuda" else "CPU"
@@ -238,10 +253,11 @@ class Reporter:
             "dropped_tokens": 0,
             "gpu": run.world.device.type == "cuda",
         }
-        record |= balance_record(run, stats)
+        record |= balance_record(run, stats) | self.saver.record()
         if run.validation is not None and run.step % recipe.train.validate_every_steps == 0:
             start = time.perf_counter()
             record["validation_loss"] = validate(run)
+            run.validation_loss = run.step, record["validation_loss"]
             record["validation_s"] = time.perf_counter() - start
         if self.metrics is not None and self.wandb is not None:
             self.metrics.write(record)
@@ -259,12 +275,12 @@ class Reporter:
             self.wandb.close()
 
 
-def _requests(run: Run, stop: StopFlag) -> tuple[bool, bool, bool]:
-    """``(signal, STOP file, SAVE file)``: what any rank was asked, agreed by all."""
+def _requests(run: Run, stop: StopFlag, saver: Saver) -> tuple[bool, bool, bool, bool]:
+    """``(signal, STOP file, SAVE file)``: what any rank was asked; and whether a save has ended on any. All agree."""
     files = (run.folder.stop_file, run.folder.save_file)
     seen = [switch_is_on(path) for path in files] if run.world.is_main else [False, False]
-    asked = max_over_ranks(float(stop.signal_name is not None), *map(float, seen))
-    return bool(asked[0]), bool(asked[1]), bool(asked[2])
+    asked = max_over_ranks(float(stop.signal_name is not None), *map(float, seen), float(saver.has_landed))
+    return bool(asked[0]), bool(asked[1]), bool(asked[2]), bool(asked[3])
 
 
 def train(run: Run, stop: StopFlag) -> str:
@@ -275,7 +291,22 @@ def train(run: Run, stop: StopFlag) -> str:
     Raises:
         StoppedError: a signal came to any rank; the run is saved and can be started again.
     """
-    recipe, reporter = run.recipe, Reporter(run)
+    saver = Saver(run)
+    reporter = Reporter(run, saver)
+    try:
+        state = _train(run, stop, saver, reporter)
+    except StoppedError:
+        reporter.close()
+        raise
+    finally:
+        saver.drain()
+    reporter.close()
+    barrier()
+    return state
+
+
+def _train(run: Run, stop: StopFlag, saver: Saver, reporter: Reporter) -> str:
+    recipe = run.recipe
     last_step, every = recipe.train.steps, recipe.checkpoint.every_steps
     with ThreadPoolExecutor(max_workers=1) as loader:
         upcoming = loader.submit(load_step, run, run.step)
@@ -287,20 +318,21 @@ def train(run: Run, stop: StopFlag) -> str:
                 upcoming = loader.submit(load_step, run, run.step + 1)
             stats = train_step(run, batches)
             reporter.report(stats, step_s=time.perf_counter() - start, data_wait_s=data_wait_s)
-            signalled, stopped, asked_to_save = _requests(run, stop)
+            signalled, stopped, asked_to_save, landed = _requests(run, stop, saver)
+            if landed:
+                saver.finish()
             finished = run.step == last_step and recipe.checkpoint.save_last
-            if signalled or stopped or asked_to_save or finished or (every and run.step % every == 0):
-                save(run)
+            wanted = signalled or stopped or asked_to_save or finished
+            if wanted or (every and run.step % every == 0):
+                saver.save(wait=wanted or dies_on_request())
                 die_if_asked(run.folder, rank=run.world.rank, step=run.step)
                 if run.world.is_main and asked_to_save:
                     run.folder.save_file.unlink(missing_ok=True)
                 if run.world.is_main and stopped:
                     run.folder.stop_file.unlink(missing_ok=True)  # done as asked: the next start trains on
             if run.step < last_step and (signalled or stopped):
-                reporter.close()
                 if signalled:
                     raise StoppedError(f"stopped by a signal after step {run.step}; saved, start it again to continue")
                 return "stopped"
-    reporter.close()
-    barrier()
+    saver.finish()
     return "done"

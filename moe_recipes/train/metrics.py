@@ -6,11 +6,16 @@ import json
 import logging
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from moe_recipes.moe.expert_load import dead_experts, max_violations
 from moe_recipes.runtime.files import replace_durably
+
+if TYPE_CHECKING:
+    from moe_recipes.train.loop import StepStats
+    from moe_recipes.train.run import Run
 
 logger = logging.getLogger("moe_recipes")
 GIB = 1 << 30
@@ -24,6 +29,29 @@ def device_memory(device: torch.device) -> dict[str, float]:
         "memory_allocated_gib": torch.cuda.max_memory_allocated(device) / GIB,
         "memory_reserved_gib": torch.cuda.max_memory_reserved(device) / GIB,
     }
+
+
+def balance_record(run: Run, stats: StepStats) -> dict[str, Any]:
+    """What metrics.jsonl says of a step's extra losses and of its experts' load; layers by number."""
+    train = run.recipe.train
+    wanted = {
+        "aux_loss": train.router_aux_loss_coef > 0,
+        "z_loss": train.router_z_loss_coef > 0,
+        "mtp_loss": run.mtp_coef > 0,
+    }
+    record: dict[str, Any] = {name: getattr(stats, name) for name, there in wanted.items() if there}
+    if run.load is None or stats.expert_counts is None:
+        return record
+    counts, layers = stats.expert_counts, run.load.layers
+    violations, dead = max_violations(counts), dead_experts(counts)
+    record["max_violation"] = float(violations.max())
+    record["dead_experts"] = int(dead.sum())
+    record["max_violation_of_layer"] = {n: round(v, 4) for n, v in zip(layers, violations.tolist(), strict=True)}
+    record["dead_experts_of_layer"] = dict(zip(layers, dead.tolist(), strict=True))
+    every = run.recipe.log.expert_load_every_steps
+    if every and (run.step % every == 0 or run.step == 1):
+        record["expert_load"] = dict(zip(layers, counts.tolist(), strict=True))
+    return record
 
 
 class Metrics:

@@ -26,6 +26,8 @@ from moe_recipes.data.prepare import open_data
 from moe_recipes.models.auto import enable_activation_checkpointing
 from moe_recipes.models.blocks import MoeBlock, moe_blocks
 from moe_recipes.models.build import Source, build_model, load_tokenizer, read_source, tokenizer_hash
+from moe_recipes.models.exporting.source import check_like_source
+from moe_recipes.models.loading.load import report_of
 from moe_recipes.models.loss import Wanted, install_loss
 from moe_recipes.models.mtp import choose_mtp, mtp_weight
 from moe_recipes.models.packing import why_not_packed
@@ -34,7 +36,7 @@ from moe_recipes.moe.balance import CORRECTION_BIAS
 from moe_recipes.moe.expert_load import ExpertLoad
 from moe_recipes.runtime.optimizations import Optimization, describe
 from moe_recipes.runtime.sharding import local_rows, local_tensor
-from moe_recipes.runtime.world import World, wait_for_main
+from moe_recipes.runtime.world import World, together, wait_for_main
 from moe_recipes.train.optim import GradientClip, build_optimizer, optimizer_entries
 
 logger = logging.getLogger("moe_recipes")
@@ -55,6 +57,18 @@ class Trained:
     """Finished optimizer steps."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Resumed:
+    """What this start continued."""
+
+    path: Path
+    seconds: float
+    """That this rank took to load it."""
+
+    damaged: tuple[str, ...]
+    """Newer checkpoints that were passed over, each with what is wrong with it."""
+
+
 @dataclass(kw_only=True)
 class Run(Trained):
     """One training run on this rank."""
@@ -71,6 +85,9 @@ class Run(Trained):
     optimizations: list[Optimization]
     identity: dict[str, Any]
     last_durable_step: int = 0
+    resumed: Resumed | None = None
+    validation_loss: tuple[int, float] = (-1, 0.0)
+    """The newest one, behind the step at which it was measured."""
 
     @property
     def mtp_coef(self) -> float:
@@ -242,12 +259,19 @@ def _moving_biases(model: PreTrainedModel, recipe: Recipe) -> dict[int, nn.Modul
 
 
 def setup(recipe: Recipe, folder: RunFolder, world: World) -> Run:
-    """Build everything that a run needs, up to but not including the checkpoint that it may continue."""
+    """Build everything that a run needs, up to but not including the checkpoint that it may continue.
+
+    What could not be exported in the end is refused here, before it is trained.
+    """
     source = read_source(recipe)
     seed_everything(recipe.train.seed + world.rank, deterministic=recipe.train.deterministic)
     tokenizer = load_tokenizer(recipe, source)
     batches, validation = open_batches(recipe, folder, world, tokenizer, vocab_size=source.vocab_size)
     model = make_model(recipe, source)
+    if world.is_main and (read := report_of(model)) is not None:
+        folder.update_manifest(weights=dataclasses.asdict(read))
+    if recipe.model.weights == "pretrained" and recipe.checkpoint.export:
+        together(lambda: check_like_source(model, source.folder) if world.is_main else None)
     model.train()
     sum_gradients(model)
     found = prepare(model, recipe)

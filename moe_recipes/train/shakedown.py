@@ -14,6 +14,11 @@ PATIENCE_S = 60.0
 """How long rank 0 may take to say that the step is durable; a network file system shows it late."""
 
 
+def dies_on_request() -> bool:
+    """A rank of this run may be asked to die; then a save is waited for, as it must be durable first."""
+    return KILL_VARIABLE in os.environ
+
+
 def die_if_asked(folder: RunFolder, *, rank: int, step: int) -> None:
     """Called when ``step`` has been saved: kill this process if ``MOE_SHAKEDOWN_KILL`` names its rank.
 

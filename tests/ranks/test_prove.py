@@ -146,7 +146,7 @@ def test_the_command_on_1_2_4_and_8_ranks(recipe: str, tmp_path: Path) -> None:
     record = json.loads((tmp_path / "run-proof" / "prove.json").read_bytes())
     assert [layout["num_ranks"] for layout in record["layouts"]] == [1, 2, 4, 8]
     assert "PASS" in done.stdout
-    assert done.stdout.count("document isolation") == 4
+    assert done.stdout.count("ok   document isolation") == 4
 
 
 def test_a_model_that_is_not_here_is_one_line() -> None:

@@ -107,7 +107,7 @@ def test_how_long_saves_take_and_how_often_to_save(tmp_path: Path) -> None:
     assert report["eta_s"] == pytest.approx(70 * 2.0 + 7 * 220.0), "a save stops training only to copy"
     (line,) = [line for line in lines_of(report) if line.startswith("saves")]
     assert line == (
-        "saves     320.0 s at 10.67 GB/s, training stands 220.0 s, loads 10.00 GB/s, save every 2:46:29 to lose least"
+        "saves     320.0 s at 10.67 GB/s, training stands 220.0 s, loads 10.00 GB/s, save every 2:46:30 to lose least"
     )
 
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from moe_recipes.config.errors import EXIT_OK
 from moe_recipes.launch.operator.facts import End, RunFacts, now_s, seconds_of
 from moe_recipes.launch.operator.find import Found, add_target, find_run
 from moe_recipes.launch.operator.slurm import job_state
+from moe_recipes.plan.saves import save_interval_s
+
+RECENT_SAVES = 5
+GB, LEAST_S = 1e9, 1e-3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +63,7 @@ def status_of(found: Found) -> dict[str, Any]:
         "reported_s": None if reported_s is None else max(now - reported_s, 0.0),
         "durable_step": facts.durable_step,
         "since_durable_s": since_durable_s(facts, now),
+        **save_numbers(facts),
         "restarts": max(len(facts.attempts) - 1, 0),
         "counted_s": counted_s,
         "wall_s": wall_s,
@@ -67,15 +73,37 @@ def status_of(found: Found) -> dict[str, Any]:
 
 
 def eta_s(facts: RunFacts, step: int) -> float | None:
-    """Seconds of training that are left: steps at their recent speed, and saves as long as the last one."""
+    """Seconds of training that are left: steps at their recent speed, and saves that stop it as the last did."""
     each = facts.steps.recent_s
     if each is None:
         return None
     left = max(int(facts.recipe["train"]["steps"]) - step, 0)
     every = int(facts.recipe["checkpoint"]["every_steps"] or 0)
-    last_save_s = float(facts.saves[-1].get("seconds") or 0.0) if facts.saves else 0.0
+    last = facts.saves[-1] if facts.saves else {}
+    last_save_s = float(last.get("blocking_s", last.get("seconds")) or 0.0)
     saves = (step + left) // every - step // every if every else min(left, 1)
     return left * each + saves * last_save_s
+
+
+def save_numbers(facts: RunFacts) -> dict[str, float | None]:
+    """Of the newest saves, and of the newest load: seconds, 10^9 bytes a second; and seconds between saves at which a
+    run loses least, by the recipe's ``checkpoint.mtbf_hours``. None for what is not known yet."""
+    newest = [save for save in facts.saves if "blocking_s" in save][-RECENT_SAVES:]
+    loads = [event for event in facts.events if event.get("event") == "resume" and event.get("seconds")]
+    blocking_s = _mean(save["blocking_s"] for save in newest)
+    hours = facts.recipe["checkpoint"]["mtbf_hours"]
+    return {
+        "save_s": _mean(save["seconds"] for save in newest),
+        "blocking_s": blocking_s,
+        "save_gb_per_s": _mean(save["bytes"] / GB / max(save["seconds"], LEAST_S) for save in newest),
+        "load_gb_per_s": _mean(load["bytes"] / GB / max(load["seconds"], LEAST_S) for load in loads[-1:]),
+        "save_every_s": save_interval_s(blocking_s, mtbf_hours=hours) if blocking_s and hours else None,
+    }
+
+
+def _mean(numbers: Iterable[float]) -> float | None:
+    found = list(numbers)
+    return sum(found) / len(found) if found else None
 
 
 def since_durable_s(facts: RunFacts, now: float) -> float | None:
@@ -96,6 +124,7 @@ def lines_of(report: dict[str, Any]) -> list[str]:
         "loss": "none yet" if report["loss"] is None else f"{report['loss']:.4f}",
         "left": _left(report),
         "durable": _durable(report),
+        **({"saves": _saves(report)} if report["save_s"] is not None else {}),
         "restarts": str(report["restarts"]),
         "goodput": _goodput(report),
         "verdict": _verdict(report["verdict"]),
@@ -124,6 +153,16 @@ def _left(report: dict[str, Any]) -> str:
 def _durable(report: dict[str, Any]) -> str:
     since = "" if report["since_durable_s"] is None else f", {duration(report['since_durable_s'])} ago"
     return f"step {report['durable_step']}{since}" if report["durable_step"] else "no checkpoint yet"
+
+
+def _saves(report: dict[str, Any]) -> str:
+    words = [f"{report['save_s']:.1f} s at {report['save_gb_per_s']:.2f} GB/s"]
+    words.append(f"training stands {report['blocking_s']:.1f} s")
+    if report["load_gb_per_s"] is not None:
+        words.append(f"loads {report['load_gb_per_s']:.2f} GB/s")
+    if report["save_every_s"] is not None:
+        words.append(f"save every {duration(report['save_every_s'])} to lose least")
+    return ", ".join(words)
 
 
 def _goodput(report: dict[str, Any]) -> str:

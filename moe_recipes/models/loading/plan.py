@@ -1,7 +1,7 @@
 """Where every tensor of a model lies in its source's files, and which bytes of them a rank reads, before any is read.
 
-The names come from the plan of an export (``exporting/plan.py``), which is the reverse of a load: what a tensor becomes on
-disk is what it is read from. Loader and rehearsal share it.
+The names come from the plan of an export (``exporting/plan.py``), which is the reverse of a load: what a tensor becomes
+on disk is what it is read from. Loader and rehearsal share it.
 """
 
 from __future__ import annotations
