@@ -21,7 +21,7 @@ from typing import Any
 
 from moe_recipes.bench.automodel import AutoModelPlace, environment_of, missing
 from moe_recipes.bench.automodel import command as automodel_command
-from moe_recipes.bench.host import gpus
+from moe_recipes.bench.host import check_arm, gpus
 from moe_recipes.bench.sweep import OUT_OF_MEMORY, largest_rows, longest_sequence
 from moe_recipes.config.errors import EXIT_REQUEUE, InfrastructureError, MoeRecipesError, RecipeError, StoppedError
 from moe_recipes.config.manifest import make_manifest
@@ -55,7 +55,7 @@ def run_arm(recipe: Recipe, timing: Timing, *, arm: str, gate: str) -> dict[str,
     out, named = folder.path / "result.json", {"arm": arm, "gate": gate}
     clock = {"steps": timing.steps, "warmup": timing.warmup}
     if arm == "automodel":
-        if reason := missing(timing.rival):
+        if reason := missing(recipe, timing.rival):
             return {**named, "missing": reason}
         command = automodel_command(recipe, timing.rival, gate=gate, out=out, **clock)
     else:
@@ -82,8 +82,8 @@ def failure(logs: list[str]) -> str | None:
 def points(arguments: argparse.Namespace, arm: str) -> Iterator[Recipe]:
     """The arm's recipe at each expert degree and each batch size that is asked for; its own where none is."""
     recipe = load_recipe(arguments.recipe, [*arguments.overrides, *getattr(arguments, f"{arm}_overrides", [])])
-    for ep_size in whole_numbers(arguments.ep_sizes) or [recipe.parallel.ep_size]:
-        for rows in whole_numbers(arguments.batches) or [recipe.train.micro_batch_size]:
+    for ep_size in whole_numbers(arguments.ep_sizes, "--ep-sizes") or [recipe.parallel.ep_size]:
+        for rows in whole_numbers(arguments.batches, "--batches") or [recipe.train.micro_batch_size]:
             yield dataclasses.replace(
                 recipe,
                 parallel=dataclasses.replace(recipe.parallel, ep_size=ep_size),
@@ -91,8 +91,24 @@ def points(arguments: argparse.Namespace, arm: str) -> Iterator[Recipe]:
             )
 
 
-def whole_numbers(text: str) -> list[int]:
-    return [int(word) for word in text.split(",") if word]
+def whole_numbers(text: str, option: str) -> list[int]:
+    """Comma-separated numbers from 1 on.
+
+    Raises:
+        RecipeError: a word is none.
+    """
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if wrong := next((word for word in words if not word.isdecimal() or int(word) < 1), None):
+        raise RecipeError(f"{option} {wrong}: give whole numbers from 1 on, as in 1,2,4")
+    return [int(word) for word in words]
+
+
+def check_clock(*, steps: int, warmup: int) -> None:
+    """Raises:
+    RecipeError: nothing would be timed.
+    """
+    if steps < 1 or warmup < 0:
+        raise RecipeError(f"--steps {steps} --warmup {warmup}: time at least 1 step, after 0 or more")
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -161,10 +177,11 @@ def checked(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
     """Arms and gates.
 
     Raises:
-        RecipeError: a name that is none. InfrastructureError: no folder for the file.
+        RecipeError: a name that is none, or no step. InfrastructureError: no folder for the file.
     """
     if not arguments.out.parent.is_dir():
         raise InfrastructureError(f"--out {arguments.out}: the folder is not there")
+    check_clock(steps=arguments.steps, warmup=arguments.warmup)
     chosen = []
     for option, known in (("arms", ARMS), ("gates", GATES)):
         words = getattr(arguments, option).split(",")
@@ -188,6 +205,8 @@ def main() -> int:
         )
         timing = Timing(steps=arguments.steps, warmup=arguments.warmup, rival=rival)
         recipes_of = {arm: list(points(arguments, arm)) for arm in arms}
+        for recipe in (recipe for arm in arms if arm != "automodel" for recipe in recipes_of[arm]):
+            check_arm(recipe)
 
         def measure(recipe: Recipe, arm: str, gate: str, **more: Any) -> dict[str, Any]:
             results.append({**measured(recipe, timing, arm=arm, gate=gate), **more})

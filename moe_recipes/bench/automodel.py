@@ -35,7 +35,7 @@ def environment_of(words: list[str]) -> dict[str, str]:
     Raises:
         RecipeError: a word is no such pair.
     """
-    if wrong := next((word for word in words if "=" not in word), None):
+    if wrong := next((word for word in words if not word.partition("=")[0] or "=" not in word), None):
         raise RecipeError(f"--automodel-env {wrong}: give KEY=VALUE")
     return dict(word.split("=", 1) for word in words)
 
@@ -44,14 +44,17 @@ def _python(place: AutoModelPlace) -> list[str]:
     return ["env", *(f"{key}={value}" for key, value in place.environment.items()), place.python]
 
 
-def missing(place: AutoModelPlace) -> str | None:
+def missing(recipe: Recipe, place: AutoModelPlace) -> str | None:
     """Why the arm cannot run here; None where it can."""
+    if recipe.train.grad_accum_steps != 1:
+        return "it steps after each microbatch, the recipe does not: --set train.grad_accum_steps=1"
     try:
         found = subprocess.run([*_python(place), "-c", PROBE], capture_output=True, text=True)
     except OSError as error:
         return f"{place.python}: {error.strerror}"
     if found.returncode not in (0, 1):
-        return f"{place.python}: {found.stderr.strip().splitlines()[-1]}"
+        said = found.stderr.strip().splitlines() or [f"exit code {found.returncode}"]
+        return f"{place.python}: {said[-1]}"
     return "nemo_automodel is not installed there" if found.returncode else None
 
 

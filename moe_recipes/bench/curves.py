@@ -157,6 +157,8 @@ def checked(arguments: argparse.Namespace) -> tuple[Recipe, list[int]]:
     words = arguments.seeds.split(",")
     if len(set(words)) < 2 or not all(word.isdecimal() for word in words):
         raise RecipeError(f"--seeds {arguments.seeds}: give two or more different whole numbers, as in 0,1,2")
+    if min(arguments.jobs, arguments.window, arguments.clock_steps) < 1:
+        raise RecipeError("--jobs, --window and --clock-steps must each be at least 1")
     if recipe.train.steps < 2 * arguments.window:
         raise RecipeError(f"train.steps={recipe.train.steps}: fewer than two windows; set --window lower")
     if not arguments.out.parent.is_dir():

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_recipes.bench.__main__ import gpus, whole_numbers
+from moe_recipes.bench.__main__ import check_clock, gpus, whole_numbers
 from moe_recipes.bench.report import LAYERS_HEAD, layer_row
 from moe_recipes.config.errors import InfrastructureError, MoeRecipesError, RecipeError, did_you_mean
 from moe_recipes.config.manifest import make_manifest
@@ -43,7 +43,7 @@ from moe_recipes.moe.experts import routed_experts
 from moe_recipes.plan.flops import nemotron_h_forward_flops, peak_flops
 from moe_recipes.plan.small_model import few_layers
 
-BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12, "A100": 2.0e12}
+BANDWIDTH = {"H100 PCIe": 2.0e12, "H100 NVL": 3.9e12, "H100": 3.35e12, "H200": 4.8e12, "A100": 2.0e12}
 """Memory bandwidth by the vendor's datasheets, bytes/s; the other axis of the roofline."""
 
 KINDS = {"moe": "experts", "full_attention": "attention", "mlp": "dense MLP", "linear_attention": "mamba"}
@@ -67,7 +67,7 @@ def one_layer_of_each(recipe: Recipe, ep_size: int) -> tuple[nn.Module, dict[str
     config = source.config
     if config.get("model_type") != "nemotron_h":
         raise RecipeError(f"bench.layers measures layers of nemotron_h, not of {config.get('model_type')!r}")
-    if config["n_routed_experts"] % ep_size:
+    if ep_size < 1 or config["n_routed_experts"] % ep_size:
         raise RecipeError(f"--ep-size {ep_size} does not divide the model's {config['n_routed_experts']} experts")
     few = override_config(config, few_layers(config) | {"vocab_size": VOCAB_SIZE})
     local = override_config(few, {"n_routed_experts": config["n_routed_experts"] // ep_size})
@@ -200,7 +200,7 @@ def results(recipe: Recipe, arguments: argparse.Namespace) -> Iterator[dict[str,
     wanted = [kind for kind in KINDS if KINDS[kind] in arguments.layers.split(",")]
     layers = {layer.block_type: layer for layer in model.base_model.layers}
     for kind, layer in ((kind, layers[kind]) for kind in wanted if kind in layers):
-        for rows in whole_numbers(arguments.batches):
+        for rows in whole_numbers(arguments.batches, "--batches"):
             tokens = rows * seq_len
             found = measure(layer, shape=(rows, seq_len, hidden), warmup=arguments.warmup, steps=arguments.steps)
             flops = 3 * tokens * forward_flops(config, kind, seq_len=seq_len)
@@ -241,8 +241,10 @@ def main() -> int:
         for name in arguments.layers.split(","):
             if name not in KINDS.values():
                 raise RecipeError(f"--layers: no layer {name!r}{did_you_mean(name, KINDS.values())}")
+        check_clock(steps=arguments.steps, warmup=arguments.warmup)
         recipe = load_recipe(arguments.recipe, arguments.overrides)
-        arguments.ep_size = arguments.ep_size or recipe.parallel.ep_size
+        if arguments.ep_size is None:
+            arguments.ep_size = recipe.parallel.ep_size
         words = [out.name if word == str(arguments.out) else word for word in sys.argv[1:]]
         command = ["python", "-m", "moe_recipes.bench.layers", *words]
         card: dict[str, Any] = {"gpus": gpus(), "ep_size": arguments.ep_size, "results": []}

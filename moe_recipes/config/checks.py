@@ -12,6 +12,9 @@ from moe_recipes.families import EXPERT_COUNT_KEYS, PUBLISHED, family_of
 
 PACKAGE_PREFIX = "package:"
 HUB_DATA_PREFIX = "hf:"
+COUNT = re.compile(r"(num|n)_|.*_size$")
+"""Keys of a config.json that hold whole numbers."""
+
 LARGEST_RATE = 1e30
 """Beyond this a float32 update is no number any more; a run that needs less than that to diverge ends with 17."""
 
@@ -145,12 +148,14 @@ def check_model_config(recipe: Recipe, model_config: Mapping[str, Any]) -> None:
         model_config: config.json with ``model.config_overrides`` applied.
     Raises:
         RecipeError: another family than the published model's, experts that cannot be spread over ``ep_size`` ranks,
-            or a row that is longer than the model's positions.
+            a row that is longer than the model's positions, or text where the config needs a number.
     """
     _check_family(recipe, model_config)
     text_config = model_config.get("text_config")
     config = {**model_config, **(text_config if isinstance(text_config, Mapping) else {})}
     ep_size, source = recipe.parallel.ep_size, recipe.model.source
+    if wrong := next((name for name, value in config.items() if isinstance(value, str) and COUNT.match(name)), None):
+        raise RecipeError(f"{wrong}={config[wrong]!r} of {source} must be a whole number; mend its config.json")
     key = next((name for name in EXPERT_COUNT_KEYS if config.get(name)), None)
     if key is None:
         if ep_size > 1:

@@ -61,18 +61,21 @@ def borders_given(document_BS: Tensor | None, device: torch.device) -> Iterator[
 
 def _borders(position_ids: Tensor | None, rows: int) -> Tensor | None:
     """The documents of a batch by its position ids. Found once: layers are handed the same tensor, and it keeps them
-    for layers that are computed again in the backward pass."""
+    for layers that are computed again in the backward pass. Written anew in place, or taken for another number of rows,
+    it is another batch's; a tensor of inference mode does not tell, so that every layer looks for itself."""
     if position_ids is None:
         return None
-    found: tuple[Tensor | None] | None = getattr(position_ids, _BORDERS, None)
-    if found is None:
-        if _on_the_host:
-            found = (_on_the_host[-1],)
-        else:
-            documents = masking_utils.find_packed_sequence_indices(position_ids.expand(rows, -1))
-            found = (None if documents is None else borders_of(documents),)
-        setattr(position_ids, _BORDERS, found)
-    return found[0]
+    state = None if position_ids.is_inference() else (rows, position_ids._version)
+    kept: tuple[Any, Tensor | None] | None = getattr(position_ids, _BORDERS, None)
+    if kept is not None and state is not None and kept[0] == state:
+        return kept[1]
+    if _on_the_host:
+        borders = _on_the_host[-1]
+    else:
+        documents = masking_utils.find_packed_sequence_indices(position_ids.expand(rows, -1))
+        borders = None if documents is None else borders_of(documents)
+    setattr(position_ids, _BORDERS, (state, borders))
+    return borders
 
 
 def attention_mask(

@@ -194,7 +194,8 @@ def attach_mtp(model: PreTrainedModel, num_blocks: int, names: Collection[str] |
             mtp = _BUILDERS[family.name](model, num_blocks, family.mtp)
     finally:
         torch.set_default_dtype(before)
-    copies = {name: source for name, source in mtp.copies.items() if names is None or name in names}
+    tied = model.all_tied_weights_keys or {}  # a tied output projection is saved as the embedding
+    copies = {name: tied.get(source, source) for name, source in mtp.copies.items() if names is None or name in names}
     setattr(model, ATTRIBUTE, replace(mtp, copies=copies))
     ignored = {re.escape(name) for name in copies}
     model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ignored

@@ -164,7 +164,8 @@ def _order(buffers: Buffers, dispatcher: SymmetricDispatcher, wanted_rows: int) 
     worst = len(index_GK) * min(index_GK.shape[1], experts)
     step = max(1, len(index_GK) * index_GK.shape[1] // buffers.num_ranks // _STEPS_OF_SHARE)
     room = min(worst, step * -(-max(1, wanted_rows) // step))
-    RoutedRows.current.room[dispatcher] = room  # type: ignore[union-attr]
+    rooms = RoutedRows.current.room  # type: ignore[union-attr]
+    rooms[dispatcher] = min(room, rooms.get(dispatcher, room))  # sizes go up in larger steps once buffers have grown
     slot_N, row_GK, ends_e = expert_order(
         index_GK, dispatcher.most_rows, first=buffers.rank * experts, num_experts=experts, room=room
     )

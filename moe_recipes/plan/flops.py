@@ -7,8 +7,8 @@ from typing import Any
 
 from moe_recipes.config.model_config import hybrid_layers
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
-"""Dense bfloat16 peak by the vendor's datasheets; the denominator of MFU."""
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
+"""Dense bfloat16 peak by the vendor's datasheets, the first name that fits; the denominator of MFU."""
 
 FORMULA = "MFU = tokens/s/GPU x 3 x (2 x active matrix parameters + 2 x heads x head_dim x seq_len x layers) / peak"
 """``layers`` are those with attention; Mamba layers add the products of their scan. Forward counts two FLOPs a weight

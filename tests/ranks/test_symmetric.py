@@ -166,6 +166,28 @@ def test_ranks_may_have_other_numbers_of_tokens():
     run_on_ranks(check_ragged_layer, 4)
 
 
+def check_room_of_every_call() -> None:
+    """A call that had no room is not forgotten when the next one, of more tokens, gets more and needs none."""
+    ranks = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (ranks, 1), mesh_dim_names=("ep", "tp"))
+    torch.manual_seed(dist.get_rank())
+    one = symmetric.SymmetricDispatcher(Experts(8 // ranks, 8, 12), mesh["ep"], mesh["tp"])
+    one.recent.append(4)
+    with symmetric.RoutedRows(1.0) as rows:
+        needed = []
+        for tokens, choose in ((9, "any"), (400, "first rank")):
+            layer_call(one, tokens, 0, choose=choose)
+            needed.append(rows.counts(torch.device("cpu")).item())
+    last = dist.get_rank() == ranks - 1
+    assert needed[0] > 4
+    assert not last or needed[1] == needed[0]
+    assert rows.missing([needed[1]]) == needed[1] - 4
+
+
+def test_a_call_without_room_shows_after_buffers_have_grown():
+    run_on_ranks(check_room_of_every_call, 2)
+
+
 def check_refusal(folder: Path) -> None:
     with pytest.raises(RecipeError, match=r"^parallel.ep_implementation=moe_recipes_symmetric: .* leave the key out$"):
         build_run(folder, ep_size=2, dispatch={"ep_implementation": symmetric.NAME})

@@ -82,6 +82,9 @@ def test_every_kind_of_layer_is_measured(monkeypatch, tmp_path: Path, capsys) ->
     ("words", "code", "said"),
     [
         (["tiny_nemotron", "--ep-size", "3"], 64, "--ep-size 3 does not divide"),
+        (["tiny_nemotron", "--ep-size", "0"], 64, "--ep-size 0 does not divide"),
+        (["tiny_nemotron", "--batches", "0"], 64, "--batches 0: give whole numbers from 1 on"),
+        (["tiny_nemotron", "--steps", "0"], 64, "--steps 0 --warmup 3: time at least 1 step"),
         (["qwen3_30b", "--ep-size", "8"], 64, "not of 'qwen3_moe'"),
         (["tiny_nemotron", "--layers", "expert"], 64, "--layers: no layer 'expert'; did you mean 'experts'?"),
         (["tiny_nemotron", "--out", "/nowhere/x.json"], 69, "--out /nowhere/x.json: the folder is not there"),

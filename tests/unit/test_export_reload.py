@@ -125,6 +125,34 @@ def test_free_memory_is_that_of_the_control_group_where_it_has_less(tmp_path: Pa
     assert free_bytes(meminfo, group) == 2_300_000
 
 
+@pytest.mark.parametrize(
+    ("own", "root", "files"),
+    [
+        ("0::/slurm/job_7/step_0", "slurm/job_7", ("memory.max", "memory.current", "inactive_file")),
+        (
+            "5:cpu:/\n4:memory:/slurm/job_7/step_0\n0::/",
+            "memory/slurm/job_7",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ),
+    ],
+)
+def test_free_memory_is_that_of_a_jobs_group_of_either_version(own, root, files, tmp_path: Path) -> None:
+    """The limit is the job's, above the group that the process itself is in; the machine has more."""
+    (tmp_path / "meminfo").write_text("MemAvailable:    4000 kB\n")
+    (tmp_path / "own").write_text(f"{own}\n")
+    limit, used, returned = files
+    group = tmp_path / "group" / root
+    (group / "step_0").mkdir(parents=True)
+    for folder, most in ((group, 3000000), (group / "step_0", 9223372036854771712)):
+        (folder / limit).write_text(f"{most}\n")
+        (folder / used).write_text("1000000\n")
+        (folder / "memory.stat").write_text(f"anon 1\n{returned} 300000\n")
+    asked = tmp_path / "meminfo", tmp_path / "group", tmp_path / "own"
+    assert free_bytes(*asked) == 2_300_000
+    (group / used).write_text("9000000\n")
+    assert free_bytes(*asked) == 0
+
+
 def test_kl_is_that_of_the_definition_and_nan_passes_no_bound(tmp_path: Path) -> None:
     torch.manual_seed(0)
     want, got = torch.randn(2, 5, 7), torch.randn(2, 5, 7)

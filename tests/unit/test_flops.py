@@ -130,4 +130,6 @@ def test_attention_and_scan_grow_as_they_should() -> None:
 def test_what_is_not_known_is_not_guessed() -> None:
     assert train_flops_per_token({"model_type": "unheard_of"}, seq_len=8) is None
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("NVIDIA H100 NVL") == 835e12
     assert peak_flops("CPU") is None

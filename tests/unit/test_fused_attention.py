@@ -98,6 +98,19 @@ def test_packed_documents_equal_eager_on_each_alone(family: str, on_host: bool) 
     same_gradients(ours, plain, found, alone(plain))
 
 
+@pytest.mark.parametrize("inference", [False, True])
+def test_position_ids_written_anew_are_other_documents(inference: bool) -> None:
+    """One tensor for every batch, as in a loop that allocates nothing; then the same tensor for one row of two."""
+    ours, plain = models("qwen3_moe")
+    with torch.inference_mode(inference), torch.set_grad_enabled(False):
+        positions = POSITIONS[:1].clone()
+        for row, rows in ((0, 1), (1, 1), (1, 2)):
+            positions.copy_(POSITIONS[row : row + 1])
+            ids = IDS[:rows]
+            found, wanted = (m(input_ids=ids, position_ids=positions, use_cache=False).logits for m in (ours, plain))
+            torch.testing.assert_close(found, wanted, rtol=0, atol=5e-5)
+
+
 def test_no_mask_is_made_for_documents_and_windows(monkeypatch) -> None:
     monkeypatch.setattr(masking_utils, "sdpa_mask", lambda *args, **kwargs: pytest.fail("a mask of S x S"))
     ours, _ = models("gpt_oss")

@@ -152,3 +152,12 @@ def test_one_file_needs_no_index(tmp_path: Path) -> None:
     with pytest.raises(MoeRecipesError, match=r"model.safetensors: cut short or not safetensors") as caught:
         open_weights(tmp_path)
     assert caught.value.exit_code == EXIT_CORRUPT_CHECKPOINT
+
+
+def test_a_single_file_beside_an_index_of_other_files_is_refused(tmp_path: Path) -> None:
+    """Transformers reads the one, other programs the other."""
+    folder = write_folder(tmp_path / "model")
+    save_file({"x.weight": torch.zeros(4, 3)}, folder / "model.safetensors")
+    with pytest.raises(MoeRecipesError, match="which names other files") as caught:
+        look(folder)
+    assert caught.value.exit_code == EXIT_CORRUPT_CHECKPOINT

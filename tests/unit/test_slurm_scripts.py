@@ -20,9 +20,10 @@ from moe_recipes.config.errors import RecipeError
 from moe_recipes.config.resolve import load_recipe
 from moe_recipes.config.run_folder import RunFolder, prepare_run
 from moe_recipes.launch.cli import main
+from moe_recipes.launch.slurm import inside
 from moe_recipes.launch.slurm.commands import JobFacts, clean_environment, hostnames, slurm_said
 from moe_recipes.launch.slurm.inside import _options, all_cpus, allocation, fit_cpus
-from moe_recipes.launch.slurm.job import BACKSTOP_S, EXPORTED, make_spec
+from moe_recipes.launch.slurm.job import BACKSTOP_S, EXPORTED, make_spec, run_job
 from moe_recipes.launch.slurm.spec import JobSpec, read_spec, write_spec
 from moe_recipes.launch.slurm.srun import srun_command, srun_environment
 from moe_recipes.launch.slurm.submit import submit_environment
@@ -433,6 +434,26 @@ def test_benchmarks_that_cannot_run_are_refused(site: Path, capsys: pytest.Captu
         spec_of(site, "qwen3_30b_8gpu", "parallel.fsdp_size=16", **bench)
     words = ["launch", "tiny_slurm", "--work", "bench", "--dry-run", "--cluster", str(site)]
     assert "a benchmark is submitted as a script: sbatch slurm/bench_qwen3_30b.sh" in refused(64, words, capsys)
+
+
+def test_a_training_script_does_not_become_a_benchmark(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its overrides would be dropped: a benchmark reads its own words."""
+    options = _options(["--cluster", str(site), "qwen3_30b_8gpu", "parallel.ep_size=4"])
+    for name, value in {"MOE_WORK": "bench", "SLURM_TASKS_PER_NODE": "1", "SLURM_JOB_NUM_NODES": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RecipeError, match=r"MOE_WORK=bench: a benchmark has its own script: sbatch slurm/bench_"):
+        inside._spec(options, load_cluster(site), facts(nodes=("node3",)))
+
+
+def test_a_spec_that_cannot_be_written_is_73(site: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """The folder of the job is a file here, as on a disk where it cannot be made."""
+    (tmp_path / "7").write_text("")
+    write_spec(tmp_path / "given.json", spec_of(site))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with pytest.raises(SystemExit) as ended:
+        run_job(str(tmp_path / "given.json"))
+    assert ended.value.code == 73
+    assert "spec.json: cannot be written: " in capsys.readouterr().err
 
 
 def test_benchmark_scripts_measure_the_article_and_the_real_router() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from moe_recipes.config.cluster import Cluster, load_cluster
-from moe_recipes.config.errors import EnvironmentMismatchError, MoeRecipesError, RecipeError
+from moe_recipes.config.errors import CannotWriteError, EnvironmentMismatchError, MoeRecipesError, RecipeError
 from moe_recipes.launch.arguments import add_overrides
 from moe_recipes.launch.secrets import read_secrets
 from moe_recipes.launch.shakedown import shakedown_mode
@@ -68,7 +68,6 @@ def _prepare(words: Sequence[str]) -> Path:
         spec = _spec(options, cluster, job)
     folder = prepare_folders(spec)
     own = folder / job_id / "spec.json"
-    own.parent.mkdir(mode=0o700, exist_ok=True)
     write_spec(own, spec)
     if spec.cluster.paths.secrets is not None:
         read_secrets(spec.cluster.paths.secrets)  # refused here, before any task starts
@@ -109,11 +108,14 @@ def _earlier_spec(cluster: Cluster, job: JobFacts) -> JobSpec | None:
 def _spec(options: argparse.Namespace, cluster: Cluster, job: JobFacts) -> JobSpec:
     check_site(cluster, {"partition": job.partition, "account": job.account, "qos": job.qos}, job=job.job_id)
     num_nodes, tasks_per_node = allocation(os.environ)
+    work = work_of(os.environ, default=options.work)
+    if work == "bench" and options.work != "bench":
+        raise RecipeError("MOE_WORK=bench: a benchmark has its own script: sbatch slurm/bench_qwen3_30b.sh")
     return make_spec(
         options.recipe,
         options.overrides,
-        all_cpus(cluster, os.environ) if options.work == "bench" else fit_cpus(cluster, os.environ, tasks_per_node),
-        work=work_of(os.environ, default=options.work),
+        all_cpus(cluster, os.environ) if work == "bench" else fit_cpus(cluster, os.environ, tasks_per_node),
+        work=work,
         shakedown=shakedown_mode(os.environ),
         num_nodes=num_nodes,
         tasks_per_node=tasks_per_node,
@@ -189,7 +191,7 @@ def _write_submitit_job(spec_file: Path, job_id: str) -> None:
     """The file from which submitit takes the function and its argument, as its executor would have written it.
 
     Raises:
-        EnvironmentMismatchError: this Python has no submitit.
+        EnvironmentMismatchError: this Python has no submitit. CannotWriteError: with the system's reason.
     """
     try:
         from submitit.core.utils import DelayedSubmission
@@ -202,6 +204,8 @@ def _write_submitit_job(spec_file: Path, job_id: str) -> None:
     before = os.umask(0o077)
     try:
         DelayedSubmission(run_job, str(spec_file)).dump(path)
+    except OSError as error:
+        raise CannotWriteError(f"{path}: cannot be written: {error.strerror or error}; free space there") from error
     finally:
         os.umask(before)
 

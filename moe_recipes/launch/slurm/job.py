@@ -217,7 +217,6 @@ def run_job(given: str) -> int:
         own = path.parent / os.environ["SLURM_JOB_ID"] / "spec.json"
         try:
             if not own.exists():
-                own.parent.mkdir(mode=0o700, exist_ok=True)
                 write_spec(own, read_spec(path))
         except MoeRecipesError as error:
             print(f"{ERROR_PREFIX}{error}", file=sys.stderr)

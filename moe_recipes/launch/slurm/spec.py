@@ -71,7 +71,7 @@ class JobSpec:
 
 
 def write_spec(path: str | Path, spec: JobSpec) -> None:
-    """Write the spec with mode 0600, at once or not at all.
+    """Write the spec with mode 0600, at once or not at all. Its folder is made with mode 0700 if it is not there.
 
     Raises:
         CannotWriteError: with the file and the system's reason.
@@ -84,6 +84,7 @@ def write_spec(path: str | Path, spec: JobSpec) -> None:
     }
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
+        path.parent.mkdir(mode=0o700, exist_ok=True)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w") as file:
             json.dump(plain, file, indent=2)

@@ -166,7 +166,13 @@ def open_weights(folder: Path) -> WeightFiles:
     """
     index, single = folder / INDEX_NAME, folder / SINGLE_NAME
     if index.is_file():
-        return WeightFiles(folder, _read_index(index))
+        weight_map = _read_index(index)
+        if single.is_file() and SINGLE_NAME not in weight_map.values():
+            raise CorruptCheckpointError(
+                f"{single}: beside {INDEX_NAME}, which names other files; Transformers reads the first, others the second:"
+                " remove the one that is not the model"
+            )
+        return WeightFiles(folder, weight_map)
     if single.is_file() or single.is_symlink():
         files = WeightFiles(folder, {"": SINGLE_NAME})
         files.check_present()
