@@ -6,6 +6,8 @@ import argparse
 import os
 import sys
 
+from moe_recipes.launch.train import check_packages
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -14,5 +16,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    check_packages()
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", "moe_recipes.bench", *options.words])

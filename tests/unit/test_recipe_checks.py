@@ -92,6 +92,12 @@ def test_experts_must_divide(key: str) -> None:
     check_model_config(recipe_with(), {"model_type": "llama"})
 
 
+@pytest.mark.parametrize("key", ["num_experts", "n_group", "hidden_size"])
+def test_text_in_place_of_a_number_of_the_model_is_named(key: str) -> None:
+    with pytest.raises(RecipeError, match=f"^{key}='8' of .* must be a whole number; mend its config.json$"):
+        check_model_config(recipe_with(), {"num_experts": 8, key: "8"})
+
+
 def test_rows_and_experts_a_token_must_fit_the_model() -> None:
     with pytest.raises(RecipeError, match=r"data\.seq_len=64 is more than max_position_embeddings=32"):
         check_model_config(recipe_with(), {"max_position_embeddings": 32})

@@ -74,6 +74,7 @@ def test_a_job_of_slurm_has_the_folder_while_slurm_knows_it(tmp_path: Path, monk
     ("package", "words", "said"),
     [
         ("torch", ("train", "tiny_slurm", "--set", "run_dir={run}", "--cpu"), " has no torch; run `make setup`"),
+        ("torch", ("bench", "tiny_slurm", "--steps", "0"), " has no torch; run `make setup`"),
         ("huggingface_hub", ("prefetch", "qwen3_30b"), " has no huggingface_hub, which prefetch needs; run: "),
     ],
 )

@@ -169,8 +169,8 @@ def open_weights(folder: Path) -> WeightFiles:
         weight_map = _read_index(index)
         if single.is_file() and SINGLE_NAME not in weight_map.values():
             raise CorruptCheckpointError(
-                f"{single}: beside {INDEX_NAME}, which names other files; Transformers reads the first, others the second:"
-                " remove the one that is not the model"
+                f"{single}: beside {INDEX_NAME}, which names other files; Transformers reads the first, others the"
+                " second: remove the one that is not the model"
             )
         return WeightFiles(folder, weight_map)
     if single.is_file() or single.is_symlink():
