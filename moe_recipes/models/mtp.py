@@ -78,7 +78,8 @@ def count_blocks(config: Mapping[str, Any], names: Collection[str] | None) -> in
         config: config.json.
         names: tensors in the checkpoint; None for random weights, which have what the config says.
     Raises:
-        RecipeError: the checkpoint has MTP layers that do not make whole blocks.
+        RecipeError: the checkpoint has MTP layers that do not make whole blocks, or other blocks than the config
+            speaks of. None at all is no error: Transformers saves models without them.
     """
     family = families.family_of(config)
     mtp = family.mtp if family is not None else None
@@ -89,7 +90,13 @@ def count_blocks(config: Mapping[str, Any], names: Collection[str] | None) -> in
     numbers = (mtp.number_of(name, config) for name in names)
     first = int(config["num_hidden_layers"]) if mtp.after_layers else 0
     found = {number for number in numbers if number is not None}
-    return _whole_blocks(found, first=first, length=len(mtp.layers_of_block(config)))
+    blocks, said = _whole_blocks(found, first=first, length=len(mtp.layers_of_block(config))), mtp.num_blocks(config)
+    if blocks and said and blocks != said:
+        raise RecipeError(
+            f"model.source: its files have {blocks} multi-token-prediction blocks, its config.json speaks of {said};"
+            " use the config.json that belongs to the weights"
+        )
+    return blocks
 
 
 def _whole_blocks(found: set[int], *, first: int, length: int) -> int:

@@ -14,7 +14,7 @@ from moe_recipes.config.errors import DoesNotFitError, MissingInputError, NotFin
 from moe_recipes.models.auto import AutoModelForCausalLM
 from moe_recipes.models.check_export import BOUNDS, PROBE, accept, bounds_of, compare_logits, load
 from moe_recipes.models.exporting.export import export_model
-from moe_recipes.models.exporting.reload import LIMIT_GIB, UNCERTIFIED, certificate, free_bytes, needed_bytes
+from moe_recipes.models.exporting.reload import LIMIT_GIB, UNCERTIFIED, _reload, certificate, free_bytes, needed_bytes
 from moe_recipes.train.export_run import report_lines
 from tests.tiny_models import save_tiny_model
 
@@ -184,3 +184,15 @@ def test_bounds_are_those_of_the_coarsest_dtype_on_disk(tmp_path: Path) -> None:
     assert bounds_of(tmp_path, torch.float32) is BOUNDS[torch.float32]
     save_file({"b": torch.ones(3).bfloat16()}, tmp_path / "other.safetensors")
     assert bounds_of(tmp_path, torch.float32) is BOUNDS[torch.bfloat16]
+
+
+def test_memory_that_others_took_meanwhile_fails_no_certificate(tmp_path: Path) -> None:
+    """The child looks again, and finds less than the trainer found before it."""
+    folder = tmp_path / "export"
+    folder.mkdir()
+    index = {"metadata": {"total_size": 10**15}, "weight_map": {}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({"input_ids": torch.zeros(1, 2), "logits": torch.zeros(1, 2, 3)}, tmp_path / PROBE, {"dtype": "float32"})
+    found = _reload(folder, tmp_path)
+    assert isinstance(found, str)
+    assert found.startswith(f"not reloaded, {folder}: loading it needs ")

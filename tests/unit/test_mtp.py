@@ -24,6 +24,8 @@ def test_blocks_are_counted_from_the_files_and_for_random_weights_from_the_confi
     assert count_blocks({"model_type": "qwen3_moe", "num_nextn_predict_layers": 1}, None) == 0
     with pytest.raises(RecipeError, match="not whole"):
         count_blocks(NEMOTRON, ["mtp.layers.1.norm.weight"])
+    with pytest.raises(RecipeError, match=r"have 1 multi-token-prediction blocks, its config\.json speaks of 2"):
+        count_blocks({**DEEPSEEK, "num_nextn_predict_layers": 2}, mtp_tensors("deepseek_v3_mtp"))
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])

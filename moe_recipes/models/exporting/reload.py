@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moe_recipes.config.errors import EXIT_NOT_FINITE, MissingInputError, NotFiniteError
+from moe_recipes.config.errors import EXIT_DOES_NOT_FIT, EXIT_NOT_FINITE, MissingInputError, NotFiniteError
 from moe_recipes.models.exporting.plan import INDEX_NAME
 
 LIMIT_GIB = 256
@@ -137,6 +137,8 @@ def _reload(export: Path, run_dir: Path) -> dict[str, Any] | str:
             return f"not reloaded, the process was killed by signal {-done.returncode}"
         if done.returncode != 0:
             said = _last_words(done.stdout).removeprefix("moe-recipes: error: ")
+            if done.returncode == EXIT_DOES_NOT_FIT:  # others took memory since it was looked at here
+                return f"not reloaded, {said}"
             raise NotFiniteError(said if done.returncode == EXIT_NOT_FINITE else f"plain Transformers says: {said}")
         found: dict[str, Any] = json.loads(answer.read_bytes())
         return found
