@@ -67,7 +67,9 @@ def main() -> int:
         tensors |= load_file(path)
     model = load(export, tensors)
     left = [name for name, tensor in model.named_parameters() if tensor.isnan().any()]
-    sent, arrived = counted(list(tensors.values())), counted(list(model.parameters()))
+    # SGLang keeps A of a Mamba layer, of which a checkpoint has the logarithm.
+    made = [-tensor.float().exp() if name.endswith(".A_log") else tensor for name, tensor in tensors.items()]
+    sent, arrived = counted(made), counted(list(model.parameters()))
     report = {
         "engine": "sglang",
         "version": importlib.metadata.version("sglang"),

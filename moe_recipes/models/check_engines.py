@@ -284,12 +284,16 @@ def _versions(engine: str) -> dict[str, str]:
     return found
 
 
+def _some(places: list[int], at_most: int = 8) -> str:
+    return ", ".join(map(str, places[:at_most])) + (" ..." if len(places) > at_most else "")
+
+
 def summary(report: dict[str, Any]) -> str:
     """One line about a report of ``check_vllm`` or ``check_sglang``."""
     parts = [
         f"{name}: {part['greedy_equal']} of {part['positions']} greedy tokens equal, log-probabilities differ by at"
         f" most {part['largest_difference_nats']:.1e} nats (allowed {part['tolerance_nats']:.1e})"
-        + (f", places beyond it: {', '.join(map(str, part['beyond']))}" if part["beyond"] else "")
+        + (f", {len(part['beyond'])} places beyond it: {_some(part['beyond'])}" if part["beyond"] else "")
         for name, part in report.items()
         if isinstance(part, dict) and "greedy_equal" in part
     ]

@@ -122,15 +122,24 @@ def test_serve_waits_for_health_prints_the_address_and_stops_cleanly(served: Ser
     assert (served.folder / "ended").read_text() == "15"
 
 
-def test_one_server_over_two_nodes(served: Served) -> None:
+SPREAD = {
+    "vllm": {"--tensor-parallel-size": "8", "--pipeline-parallel-size": "2", "--nnodes": "2"},
+    "sglang": {"--tp-size": "8", "--ep-size": "8", "--pp-size": "2", "--nnodes": "2", "--mamba-ssm-dtype": "float32"},
+}
+
+
+@pytest.mark.parametrize("engine", list(SPREAD))
+def test_one_server_over_two_nodes(served: Served, engine: str) -> None:
     (served.folder / "healthy").touch()
-    job = served.submit("serve", "engine=sglang", options=("--nodes=2",))
+    job = served.submit("serve", f"engine={engine}", options=("--nodes=2",))
     served.lab.wait_for(served.url_file(job).exists, DEADLINE_S, job)
     served.lab.wait_for(lambda: (served.folder / "words-1.json").exists(), DEADLINE_S, job)
     first, second = (json.loads((served.folder / f"words-{node}.json").read_text()) for node in (0, 1))
-    assert first[:-1] == second[:-1]
-    assert (first[-2:], second[-1]) == (["--node-rank", "0"], "1")
-    for word, value in (("--tp-size", "8"), ("--pp-size", "2"), ("--nnodes", "2"), ("--mamba-ssm-dtype", "float32")):
+    own = len(first) - 2
+    assert first[:own] == second[:own]
+    assert first[own:] == ["--node-rank", "0"]
+    assert second[own:] == ["--node-rank", "1", *(["--headless"] if engine == "vllm" else [])]
+    for word, value in SPREAD[engine].items():
         assert first[first.index(word) + 1] == value
     served.lab.run("scancel", job)
     served.lab.wait_for_end(job, DEADLINE_S)
@@ -160,6 +169,7 @@ def test_eval_starts_a_server_scores_and_ends_it(served: Served) -> None:
     job = served.submit("eval", "tasks=gsm8k", "--max-model-len", "64", "--", "--num_fewshot", "8")
     said = served.ended_with(job, 0)
     assert "|gsm8k|0.5|" in said
+    assert "vllm was stopped" in said
     assert json.loads((served.folder / "words-0.json").read_text())[-2:] == ["--max-model-len", "64"]
     (results,) = served.run.glob(f"eval/{job}/**/results*.json")
     assert str(results) in said

@@ -164,7 +164,7 @@ def test_the_command_holds_prefill_and_decode_to_the_trainer(run_dir: Path) -> N
     assert done.returncode == 17, done.stderr
     assert done.stdout.count("\n") == 1
     assert "vllm 9.9 differs from the trainer: prefill: 16 of 16 greedy" in done.stdout
-    assert "places beyond it: 11" in done.stdout
+    assert "1 places beyond it: 11" in done.stdout
     report = json.loads((run_dir / "out.json").read_text())
     assert (report["prefill"]["positions"], report["decode"]["positions"]) == (16, 8)
     assert (report["versions"]["vllm"], report["options"]) == ("9.9", {"seed": 5})
