@@ -121,8 +121,8 @@ def requeue(site: Site, job: str, run: Run) -> None:
     """Have the job save and start again: the second start has the tokens too, and goes on in the same W&B run."""
     site.lab.run("scancel", "--batch", "--signal=USR2", job)
     site.lab.wait_for(lambda: (run.path / "attempts/2").exists(), JOB_S, job)
-    first, *_ = run.durable_steps()
-    site.lab.wait_for(lambda: run.steps[-1] > first, JOB_S, job)
+    *_, saved = run.durable_steps()  # the newest: an older one is behind the steps of the first start already
+    site.lab.wait_for(lambda: run.steps[-1] > saved, JOB_S, job)
     check_processes(job)
     site.lab.wait_for(lambda: len(list(run.path.glob("wandb/offline-run-*"))) == 2, JOB_S, job)
     ids = {path.name.rpartition("-")[2] for path in run.path.glob("wandb/offline-run-*")}
