@@ -28,7 +28,7 @@ from moe_recipes.checkpoint.staging import Staging, staging_bytes
 from moe_recipes.checkpoint.store import load_checkpoint, save_checkpoint
 from moe_recipes.config.errors import CannotWriteError, MissingInputError, RecipeError
 from moe_recipes.launch.cli import guarded
-from moe_recipes.models.exporting.reload import free_bytes
+from moe_recipes.runtime.host_memory import free_bytes
 from moe_recipes.runtime.sharding import Rows
 
 TENSOR_BYTES = 64 * 2**20

@@ -21,8 +21,9 @@ from safetensors import safe_open
 
 from moe_recipes.config.errors import DoesNotFitError, MissingInputError, MoeRecipesError, NotFiniteError
 from moe_recipes.families import family_of
-from moe_recipes.models.exporting.reload import free_bytes, needed_bytes, stored_bytes
+from moe_recipes.models.exporting.reload import needed_bytes, stored_bytes
 from moe_recipes.models.time_step import honour_time_step_limit
+from moe_recipes.runtime.host_memory import free_bytes
 from moe_recipes.runtime.safetensors_file import read_layout
 
 logger = logging.getLogger("moe_recipes")

@@ -25,8 +25,8 @@ from moe_recipes.checkpoint.manifest import VALIDATION_LOSS
 from moe_recipes.checkpoint.staging import Staging, staging_bytes
 from moe_recipes.checkpoint.store import prune_checkpoints, save_checkpoint
 from moe_recipes.config.errors import CannotWriteError
-from moe_recipes.models.exporting.reload import free_bytes
 from moe_recipes.plan.saves import save_interval_s
+from moe_recipes.runtime.host_memory import free_bytes
 from moe_recipes.runtime.world import agree, barrier
 from moe_recipes.train.optim import prepare_state
 from moe_recipes.train.run import Run

@@ -138,3 +138,9 @@ def exported_files(run_dir: Path) -> dict[str, bytes]:
     return {
         path.name: path.read_bytes() for path in sorted((run_dir / "export").iterdir()) if path.name != "EXPORT.json"
     }
+
+
+def events(run_dir: Path, kind: str) -> list[dict]:
+    """The events of one kind that a run noted, oldest first."""
+    found = [json.loads(line) for line in RunFolder(run_dir).events.read_text().splitlines()]
+    return [event for event in found if event["event"] == kind]

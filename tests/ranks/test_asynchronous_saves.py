@@ -23,12 +23,12 @@ from moe_recipes.runtime.sharding import Rows
 from moe_recipes.train import saves
 from moe_recipes.train.saves import Saver
 from tests.ranks.launch import RanksFailedError, run_on_ranks
+from tests.unit.dying import SYSTEM_CALLS
 
 ROWS = 1500
 """A rank's shard has more bytes than FEW_BYTES, all else has less."""
 
 FEW_BYTES = 5000
-SYSTEM_CALLS = ("mkdir", "open", "pwrite", "write", "fsync", "rename", "replace", "rmdir", "unlink")
 
 
 class Optimizer:

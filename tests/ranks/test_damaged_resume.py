@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -16,7 +15,7 @@ from transformers import Qwen3MoeConfig
 
 from moe_recipes.config.run_folder import RunFolder
 from moe_recipes.runtime.safetensors_header import read_header
-from tests.ranks.runs import VOCAB_SIZE, records, signal_rank, steps, train, trained, when_step, write_task
+from tests.ranks.runs import VOCAB_SIZE, events, records, signal_rank, steps, train, trained, when_step, write_task
 
 STEPS = 9
 CONFIG = Qwen3MoeConfig(
@@ -46,11 +45,6 @@ def unbroken(task: Path) -> Path:
     assert done.returncode == 0, done.stdout
     assert steps(run_dir) == list(range(1, STEPS + 1))
     return run_dir
-
-
-def events(run_dir: Path, kind: str) -> list[dict]:
-    found = [json.loads(line) for line in RunFolder(run_dir).events.read_text().splitlines()]
-    return [event for event in found if event["event"] == kind]
 
 
 def shards(run_dir: Path, step: int) -> dict[str, bytes]:

@@ -23,6 +23,7 @@ from moe_recipes.train.export_run import check_weights
 from tests.ranks.launch import run_on_ranks
 from tests.ranks.runs import (
     VOCAB_SIZE,
+    events,
     exported_files,
     records,
     signal_rank,
@@ -61,11 +62,6 @@ def unbroken(task: Path) -> Path:
     assert steps(run_dir) == list(range(1, STEPS + 1))
     assert len({record["loss"] for record in records(run_dir)}) == STEPS
     return run_dir
-
-
-def events(run_dir: Path, kind: str) -> list[dict]:
-    found = [json.loads(line) for line in RunFolder(run_dir).events.read_text().splitlines()]
-    return [event for event in found if event["event"] == kind]
 
 
 def test_every_file_of_a_run_has_the_permissions_that_new_files_have(unbroken: Path, tmp_path: Path) -> None:

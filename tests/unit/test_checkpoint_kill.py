@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import resource
-import traceback
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -15,19 +13,7 @@ from moe_recipes.checkpoint.staging import Staging
 from moe_recipes.checkpoint.store import latest_checkpoint, prune_checkpoints, step_of, verify_checkpoint
 from moe_recipes.config.errors import CannotWriteError
 from tests.unit.checkpoint_samples import assert_holds, sample, save, whole
-
-
-def in_child(action) -> int:
-    """Run ``action`` in a fork; returns its exit status."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            action()
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+from tests.unit.dying import Countdown, die, disk_full, in_child
 
 
 def test_a_file_that_may_not_grow_is_cannot_write(tmp_path):
@@ -49,35 +35,6 @@ def test_a_folder_that_cannot_be_made_is_cannot_write(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CannotWriteError, match="Not a directory"):
         save(tmp_path / "file" / "ckpt", 1)
-
-
-SYSTEM_CALLS = ("mkdir", "open", "pwrite", "write", "fsync", "rename", "replace", "rmdir", "unlink")
-
-
-class Countdown:
-    """Replaces functions of ``os`` so that the ``at``-th call does something else. Counts all."""
-
-    def __init__(self, at, instead):
-        self.calls, self.at, self.instead = 0, at, instead
-        for name in SYSTEM_CALLS:
-            setattr(os, name, self.wrap(getattr(os, name)))
-
-    def wrap(self, real):
-        def call(*args, **keywords):
-            self.calls += 1
-            return self.instead(real, *args) if self.calls == self.at else real(*args, **keywords)
-
-        return call
-
-
-def die(real, *args):
-    if real.__name__ in ("pwrite", "write"):
-        real(args[0], bytes(args[1])[: len(args[1]) // 2], *args[2:])
-    os._exit(9)
-
-
-def disk_full(real, *args):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def save_beside(folder, step):

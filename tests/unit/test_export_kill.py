@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,8 +14,7 @@ from moe_recipes.models.exporting.export import export_model
 from moe_recipes.models.exporting.folder import old_folder
 from moe_recipes.models.exporting.verify import verify_export
 from tests.tiny_models import tiny_config
-
-SYSTEM_CALLS = ("mkdir", "open", "ftruncate", "pwrite", "write", "fsync", "rename", "rmdir", "unlink")
+from tests.unit.dying import Countdown, die, disk_full, in_child
 
 
 @pytest.fixture(scope="module")
@@ -44,45 +40,6 @@ def export(model: PreTrainedModel, out: Path) -> None:
     )  # fmt: skip
 
 
-def die_at(at: int, instead: Callable[..., object]) -> list[int]:
-    """Let the ``at``-th call that changes the disk do something else; returns their count. For a child process."""
-    calls = [0]
-
-    def wrap(real):
-        def call(*args, **keywords):
-            calls[0] += 1
-            return instead(real, *args) if calls[0] == at else real(*args, **keywords)
-
-        return call
-
-    for name in SYSTEM_CALLS:
-        setattr(os, name, wrap(getattr(os, name)))
-    return calls
-
-
-def half_and_die(real, *args):
-    if real.__name__ in ("pwrite", "write"):
-        real(args[0], bytes(args[1])[: len(args[1]) // 2], *args[2:])
-    os._exit(9)
-
-
-def disk_full(real, *args):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def in_child(action) -> int:
-    """Run ``action`` in a fork; returns its exit status."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            action()
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 def good(folder: Path, model: PreTrainedModel) -> bool:
     return folder.exists() and verify_export(folder, model, rank=0, num_ranks=1) == []
 
@@ -98,7 +55,7 @@ def test_kill_point_any_call_leaves_an_export_and_the_next_one_is_whole(
         export(earlier, out)
 
         def killed(out=out, at=at):
-            die_at(at, half_and_die)
+            Countdown(at, die)
             export(later, out)
 
         status = in_child(killed)
@@ -125,12 +82,12 @@ def test_kill_point_disk_full_at_any_call_keeps_the_earlier_export(
         export(earlier, out)
 
         def full(out=out, at=at):
-            calls = die_at(at, disk_full)
+            countdown = Countdown(at, disk_full)
             try:
                 export(later, out)
             except CannotWriteError as error:
                 os._exit(7 if "No space left on device" in str(error) else 1)
-            os._exit(8 if calls[0] >= at else 0)
+            os._exit(8 if countdown.calls >= at else 0)
 
         status = in_child(full)
         assert status in (7, 8, 0), at

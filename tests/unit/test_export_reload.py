@@ -14,7 +14,8 @@ from moe_recipes.config.errors import DoesNotFitError, MissingInputError, NotFin
 from moe_recipes.models.auto import AutoModelForCausalLM
 from moe_recipes.models.check_export import BOUNDS, PROBE, accept, bounds_of, compare_logits, load
 from moe_recipes.models.exporting.export import export_model
-from moe_recipes.models.exporting.reload import LIMIT_GIB, UNCERTIFIED, _reload, certificate, free_bytes, needed_bytes
+from moe_recipes.models.exporting.reload import LIMIT_GIB, UNCERTIFIED, _reload, certificate, needed_bytes
+from moe_recipes.runtime.host_memory import free_bytes
 from moe_recipes.train.export_run import report_lines
 from tests.tiny_models import save_tiny_model
 
